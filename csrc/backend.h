@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include <cstddef>
+
+#include "problem.h"
+
+namespace glimpse {
+
+/// The three applications of the tables. Everything an operator does is made of these:
+///   sample         pooled   = Ay * features * Ax^T
+///   grad_features  features = Ay^T * pooled * Ax, summed over boxes in box order
+///   grad_boxes     grad_box = <pooled, d/d box (Ay * features * Ax^T)>
+/// With tangent axes, Ay or Ax is replaced by its derivative along the tangent (in grad_boxes: the
+/// axis that is not differentiated), so derivatives of every order use the same three.
+///
+/// Contract: every output element is written exactly once by one owner, which adds its terms in
+/// an order that depends on nothing but the problem. No output needs to be cleared before.
+struct Backend {
+  const char* name;
+  /// Boxes lie in host memory and image indices are checked before the call.
+  bool checks_image_index;
+  /// Bytes of Problem::workspace that a call needs.
+  size_t (*grad_features_workspace)(const Problem&);
+  void (*sample)(const Problem&);
+  void (*grad_features)(const Problem&);
+  void (*grad_boxes)(const Problem&);
+};
+
+}  // namespace glimpse

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cpu/plan.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/parallel.h"
+
+namespace glimpse {
+
+void Arena::grow(size_t bytes) {
+  const size_t size = std::max<size_t>(bytes, blocks_.empty() ? 1 << 12 : 1 << 18);
+  blocks_.emplace_back(new char[size]);
+  next_ = blocks_.back().get();
+  left_ = size;
+}
+
+namespace {
+
+/// The merged rows of all cells of an axis, as build_row gives them. Reused from box to box.
+template <class A>
+class RowBuffer {
+ public:
+  void build(const Operator& op, const BoxAxis<A>& line) {
+    start.clear();
+    pixels.clear();
+    weight.clear();
+    slope_origin.clear();
+    slope_step.clear();
+    start.push_back(0);
+    for (int32_t cell = 0; cell < line.cells; ++cell) {
+      row_ = pixels.size();
+      build_row(op, line.axis, line.weighting, cell, line.size, *this);
+      start.push_back(static_cast<int32_t>(pixels.size()));
+    }
+    low = high = 0;
+    if (!pixels.empty()) {
+      const auto range = std::minmax_element(pixels.begin(), pixels.end());
+      low = *range.first;
+      high = *range.second;
+    }
+  }
+
+  int32_t cells() const { return static_cast<int32_t>(start.size()) - 1; }
+  int32_t taps() const { return static_cast<int32_t>(pixels.size()); }
+
+  // What build_row asks for.
+  int32_t size() const { return static_cast<int32_t>(pixels.size() - row_); }
+  int32_t pixel(int32_t i) const { return pixels[row_ + i]; }
+  void add(int32_t i, A w, A origin, A step) {
+    weight[row_ + i] += w;
+    slope_origin[row_ + i] += origin;
+    slope_step[row_ + i] += step;
+  }
+  void push(int32_t pixel, A w, A origin, A step) {
+    pixels.push_back(pixel);
+    weight.push_back(w);
+    slope_origin.push_back(origin);
+    slope_step.push_back(step);
+  }
+  void scale(int32_t i, A factor) {
+    weight[row_ + i] *= factor;
+    slope_origin[row_ + i] *= factor;
+    slope_step[row_ + i] *= factor;
+  }
+
+  std::vector<int32_t> start;  // [cells + 1]
+  std::vector<int32_t> pixels;
+  std::vector<A> weight, slope_origin, slope_step;
+  int32_t low = 0, high = 0;  // first and last pixel that is touched
+
+ private:
+  size_t row_ = 0;
+};
+
+enum class Padding { kNone, kZeroSlot, kSplit };
+
+/// The length that all rows start[i]..start[i + 1] get, or 0 where they keep their own.
+int32_t uniform_length(const int32_t* start, int32_t rows, Padding padding) {
+  if (padding == Padding::kNone || rows == 0) return 0;
+  int32_t longest = 2, shortest = kMaxUniform;
+  for (int32_t row = 0; row < rows; ++row) {
+    longest = std::max(longest, start[row + 1] - start[row]);
+    shortest = std::min(shortest, start[row + 1] - start[row]);
+  }
+  if (longest > kMaxUniform || (padding == Padding::kSplit && shortest == 0)) return 0;
+  return longest;
+}
+
+/// Copies rows into the arena, padding them to one length where that is wanted and worth it.
+template <class A>
+Table<A> make_table(const int32_t* start, int32_t first, int32_t end, const int32_t* index,
+                    const A* weight, int32_t origin, Padding padding, int32_t zero_slot,
+                    Arena& arena) {
+  Table<A> table;
+  table.first = first;
+  table.end = end;
+  start += first;
+  const int32_t rows = end - first;
+  table.uniform = uniform_length(start, rows, padding);
+  const int64_t taps =
+      table.uniform != 0 ? int64_t{rows} * table.uniform : start[rows] - start[0];
+  auto* new_index = arena.allocate<int32_t>(taps);
+  auto* new_weight = arena.allocate<A>(taps);
+  table.index = new_index;
+  table.weight = new_weight;
+  if (table.uniform == 0) {
+    auto* new_start = arena.allocate<int32_t>(rows + 1);
+    table.start = new_start;
+    for (int32_t row = 0; row <= rows; ++row) new_start[row] = start[row] - start[0];
+    for (int64_t i = 0; i < taps; ++i) new_index[i] = index[start[0] + i] - origin;
+    std::copy_n(weight + start[0], taps, new_weight);
+    return table;
+  }
+  for (int32_t row = 0; row < rows; ++row) {
+    const int32_t count = start[row + 1] - start[row];
+    int32_t* i = new_index + int64_t{row} * table.uniform;
+    A* w = new_weight + int64_t{row} * table.uniform;
+    for (int32_t tap = 0; tap < count; ++tap) {
+      i[tap] = index[start[row] + tap] - origin;
+      w[tap] = weight[start[row] + tap];
+    }
+    for (int32_t tap = count; tap < table.uniform; ++tap) {
+      if (padding == Padding::kSplit) {
+        i[tap] = i[tap - 1];
+        w[tap] = w[tap - 1] = w[tap - 1] / 2;
+      } else {
+        i[tap] = zero_slot;
+        w[tap] = A(0);
+      }
+    }
+  }
+  return table;
+}
+
+/// Rows of a table and of its transpose for one axis at a time.
+template <class A>
+class Planner {
+ public:
+  Planner(const Problem& problem, Purpose purpose, int32_t lanes, Arena& arena)
+      : problem_(problem), purpose_(purpose), lanes_(lanes), arena_(arena) {}
+
+  void plan(int64_t k, BoxPlan<A>& plan) {
+    const Box<A> box = read_box<A>(problem_, k);
+    plan.box = k;
+    plan.image = box.image;
+    plan.level = box.level;
+    plan.empty = true;
+    plan.direct = false;
+    plan.column_mask = nullptr;
+    if (box.level < 0) return;
+    const BoxAxis<A> along_y = box_axis(problem_, box, kY);
+    const BoxAxis<A> along_x = box_axis(problem_, box, kX);
+    plan.axis[kY] = along_y.axis;
+    plan.axis[kX] = along_x.axis;
+    rows_.build(problem_.op, along_y);
+    if (rows_.taps() == 0) return;
+    columns_.build(problem_.op, along_x);
+    if (columns_.taps() == 0) return;
+    plan.empty = false;
+    choose_window(along_x.size, plan);
+    const bool transpose = purpose_ != Purpose::kSample && !plan.direct;
+
+    const bool nchw = problem_.layout == Layout::kNchw;
+    const bool pad = nchw && !plan.direct && purpose_ == Purpose::kSample;
+    if (purpose_ != Purpose::kGradFeatures || plan.direct) {
+      int32_t first = 0, end = rows_.cells();
+      while (rows_.start[first + 1] == rows_.start[first]) ++first;
+      while (rows_.start[end - 1] == rows_.start[end]) --end;
+      plan.y = make_table(rows_.start.data(), first, end, rows_.pixels.data(),
+                          rows_.weight.data(), 0, pad ? Padding::kSplit : Padding::kNone, 0,
+                          arena_);
+      plan.x = make_table(columns_.start.data(), 0, columns_.cells(), columns_.pixels.data(),
+                          columns_.weight.data(), plan.first_column,
+                          pad ? Padding::kZeroSlot : Padding::kNone, plan.vectors * lanes_,
+                          arena_);
+      if (purpose_ == Purpose::kGradBoxes) {
+        add_slopes(rows_, plan.y);
+        add_slopes(columns_, plan.x);
+      }
+    }
+    if (transpose) {
+      plan.y_transposed = transposed(rows_, true);
+      if (nchw) {
+        plan.x_transposed = transposed_window(plan);
+        if (purpose_ == Purpose::kGradBoxes) plan.column_mask = column_mask(plan);
+      } else {
+        plan.x_transposed = transposed(columns_, true);
+        plan.slots = plan.x_transposed.end;
+        if (purpose_ == Purpose::kGradBoxes) index_by_slot(plan);
+      }
+    }
+  }
+
+ private:
+  /// Which columns a kernel reads as vectors. They may include columns that no cell taps.
+  void choose_window(int32_t width, BoxPlan<A>& plan) {
+    plan.slots = 0;
+    if (problem_.layout == Layout::kNhwc) {
+      plan.first_column = 0;
+      plan.vectors = plan.last_valid = 0;
+      return;
+    }
+    const int64_t columns = int64_t{columns_.high} - columns_.low + 1;
+    const int64_t padded = (columns + lanes_ - 1) / lanes_ * lanes_;
+    // Where a row of the map has room, the window moves left until it ends inside: whole vectors
+    // are loaded faster than parts.
+    const int64_t first = std::clamp<int64_t>(width - padded, 0, columns_.low);
+    plan.first_column = static_cast<int32_t>(first);
+    plan.vectors = static_cast<int32_t>(padded / lanes_);
+    plan.last_valid =
+        static_cast<int32_t>(std::min<int64_t>(lanes_, width - first - (padded - lanes_)));
+    const bool sparse = columns > 4 * int64_t{columns_.taps()} + 64;
+    plan.direct = sparse || padded > kMaxColumns || problem_.out_width > kMaxColumns ||
+                  problem_.out_height > kMaxColumns;
+    if (plan.last_valid <= 0) {  // Moving left dropped a whole vector.
+      plan.vectors -= 1;
+      plan.last_valid += lanes_;
+    }
+  }
+
+  void add_slopes(const RowBuffer<A>& buffer, Table<A>& table) {
+    const int32_t skip = buffer.start[table.first];
+    const int32_t taps = buffer.start[table.end] - skip;
+    auto* origin = arena_.template allocate<A>(taps);
+    auto* step = arena_.template allocate<A>(taps);
+    std::copy_n(buffer.slope_origin.data() + skip, taps, origin);
+    std::copy_n(buffer.slope_step.data() + skip, taps, step);
+    table.slope_origin = origin;
+    table.slope_step = step;
+  }
+
+  /// Sorts the taps of `buffer` by pixel - first, cells ascending within a pixel.
+  void sort_by_pixel(const RowBuffer<A>& buffer, int32_t first, int32_t count) {
+    start_.assign(static_cast<size_t>(count) + 1, 0);
+    for (const int32_t pixel : buffer.pixels) ++start_[pixel - first + 1];
+    for (int32_t i = 0; i < count; ++i) start_[i + 1] += start_[i];
+    next_.assign(start_.begin(), start_.end() - 1);
+    cell_.resize(buffer.pixels.size());
+    weight_.resize(buffer.pixels.size());
+    for (int32_t cell = 0; cell < buffer.cells(); ++cell) {
+      for (int32_t tap = buffer.start[cell]; tap < buffer.start[cell + 1]; ++tap) {
+        const int32_t at = next_[buffer.pixels[tap] - first]++;
+        cell_[at] = cell;
+        weight_[at] = buffer.weight[tap];
+      }
+    }
+  }
+
+  /// The transpose, with a row for each touched pixel only.
+  Table<A> transposed(const RowBuffer<A>& buffer, bool pad) {
+    const int32_t count = buffer.high - buffer.low + 1;
+    sort_by_pixel(buffer, buffer.low, count);
+    targets_.clear();
+    next_.clear();
+    for (int32_t i = 0; i < count; ++i) {
+      if (start_[i] == start_[i + 1]) continue;
+      targets_.push_back(buffer.low + i);
+      next_.push_back(start_[i]);
+    }
+    next_.push_back(start_[count]);
+    const int32_t rows = static_cast<int32_t>(targets_.size());
+    Table<A> table = make_table(next_.data(), 0, rows, cell_.data(), weight_.data(), 0,
+                                pad ? Padding::kZeroSlot : Padding::kNone, buffer.cells(), arena_);
+    auto* target = arena_.template allocate<int32_t>(rows);
+    std::copy(targets_.begin(), targets_.end(), target);
+    table.target = target;
+    return table;
+  }
+
+  /// The transpose, with a row for each column of the window.
+  Table<A> transposed_window(const BoxPlan<A>& plan) {
+    const int32_t count = plan.vectors * lanes_;
+    sort_by_pixel(columns_, plan.first_column, count);
+    return make_table(start_.data(), 0, count, cell_.data(), weight_.data(), 0,
+                      Padding::kZeroSlot, columns_.cells(), arena_);
+  }
+
+  const A* column_mask(const BoxPlan<A>& plan) {
+    const int32_t count = plan.vectors * lanes_;
+    auto* mask = arena_.template allocate<A>(count);
+    std::memset(mask, 0, sizeof(A) * count);
+    for (const int32_t pixel : columns_.pixels) {
+      std::memset(mask + (pixel - plan.first_column), 0xff, sizeof(A));
+    }
+    return mask;
+  }
+
+  /// Renames the columns of plan.x to their places in plan.x_transposed.
+  void index_by_slot(BoxPlan<A>& plan) {
+    const Table<A>& columns = plan.x_transposed;
+    const int32_t taps = columns_.taps();
+    auto* slot = arena_.template allocate<int32_t>(taps);
+    for (int32_t i = 0; i < taps; ++i) {
+      const int32_t* end = columns.target + columns.end;
+      slot[i] = static_cast<int32_t>(std::lower_bound(columns.target, end, columns_.pixels[i]) -
+                                     columns.target);
+    }
+    plan.x.index = slot;
+  }
+
+  const Problem& problem_;
+  const Purpose purpose_;
+  const int32_t lanes_;
+  Arena& arena_;
+  RowBuffer<A> rows_, columns_;
+  std::vector<int32_t> start_, next_, cell_, targets_;
+  std::vector<A> weight_;
+};
+
+}  // namespace
+
+template <class A>
+PlanSet<A>::PlanSet(const Problem& problem, Purpose purpose, int64_t first, int64_t end,
+                    int32_t lanes)
+    : boxes_(static_cast<size_t>(end - first)) {
+  const int64_t count = end - first;
+  constexpr int64_t kGrain = 64;
+  arenas_.resize(static_cast<size_t>((count + kGrain - 1) / kGrain));
+  parallel_for(0, static_cast<int64_t>(arenas_.size()), 1, [&](int64_t begin, int64_t stop) {
+    for (int64_t part = begin; part < stop; ++part) {
+      Planner<A> planner(problem, purpose, lanes, arenas_[part]);
+      for (int64_t i = part * kGrain; i < std::min(count, (part + 1) * kGrain); ++i) {
+        planner.plan(first + i, boxes_[i]);
+      }
+    }
+  });
+
+  order_.reserve(boxes_.size());
+  for (const BoxPlan<A>& plan : boxes_) order_.push_back(&plan);
+  const auto key_less = [](const BoxPlan<A>* a, const BoxPlan<A>* b) {
+    if (a->empty != b->empty) return b->empty;
+    if (a->empty) return false;
+    if (a->level != b->level) return a->level < b->level;
+    return a->image < b->image;
+  };
+  if (!std::is_sorted(order_.begin(), order_.end(), key_less)) {
+    std::stable_sort(order_.begin(), order_.end(), key_less);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const BoxPlan<A>& plan = *order_[i];
+    if (i == 0 || key_less(order_[i - 1], order_[i])) {
+      groups_.push_back({i, i, plan.empty ? -1 : plan.level, plan.empty ? 0 : plan.image});
+    }
+    groups_.back().end = i + 1;
+    if (plan.empty) continue;
+    if (!plan.direct) {
+      max_vectors_ = std::max(max_vectors_, plan.vectors);
+      max_slots_ = std::max(max_slots_, plan.slots);
+    }
+    area_ += int64_t{plan.vectors} * lanes * problem.out_height;
+  }
+}
+
+template class PlanSet<float>;
+template class PlanSet<double>;
+
+}  // namespace glimpse

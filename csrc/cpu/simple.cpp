@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The plain backend: for each output one sum over the taps of all samples, in double, serially.
+// It has no merged tables and no tricks, and is what the others are compared with.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/backend.h"
+#include "cpu/dtypes.h"
+
+namespace glimpse {
+namespace {
+
+/// Offset of element [k, c, y, x] of the pooled tensor.
+int64_t pooled_offset(const Problem& problem, int64_t k, int64_t c, int64_t y, int64_t x) {
+  if (problem.layout == Layout::kNhwc) {
+    return ((k * problem.out_height + y) * problem.out_width + x) * problem.channels + c;
+  }
+  return ((k * problem.channels + c) * problem.out_height + y) * problem.out_width + x;
+}
+
+int64_t level_offset(const Level& level, int64_t n, int64_t c, int64_t y, int64_t x) {
+  return n * level.stride_n + c * level.stride_c + y * level.stride_h + x * level.stride_w;
+}
+
+/// for_each_tap over a whole cell, with weights and slopes of the mean over its samples.
+/// visit(pixel, weight, slope, progress)
+template <class T, class Visit>
+void for_each_mean_tap(const Operator& op, const BoxAxis<T>& line, int32_t cell,
+                       const Visit& visit) {
+  const double factor = sample_factor(line.axis);
+  for_each_tap(op, line.axis, cell, 0, line.size - 1, line.size,
+               [&](int32_t pixel, T weight, T slope, T progress) {
+                 visit(pixel, line.weighting(weight, slope, progress) * factor, slope * factor,
+                       static_cast<double>(progress));
+               });
+}
+
+template <class T>
+void sample_typed(const Problem& problem) {
+  using Number = acc_t<T>;
+  auto* pooled = static_cast<pooled_t<T>*>(problem.pooled);
+  for (int64_t k = 0; k < problem.boxes; ++k) {
+    const Box<Number> box = read_box<Number>(problem, k);
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      for (int32_t i = 0; i < problem.out_height; ++i) {
+        for (int32_t j = 0; j < problem.out_width; ++j) {
+          double sum = 0;
+          if (box.level >= 0) {
+            const Level& level = problem.level[box.level];
+            const auto* features = static_cast<const T*>(level.data);
+            const BoxAxis<Number> along_y = box_axis(problem, box, kY);
+            const BoxAxis<Number> along_x = box_axis(problem, box, kX);
+            for_each_mean_tap(problem.op, along_y, i, [&](int32_t y, double wy, double, double) {
+              for_each_mean_tap(problem.op, along_x, j, [&](int32_t x, double wx, double, double) {
+                sum += wy * wx * load_value(features[level_offset(level, box.image, c, y, x)]);
+              });
+            });
+          }
+          pooled[pooled_offset(problem, k, c, i, j)] =
+              Store<pooled_t<T>>::from(static_cast<Number>(sum));
+        }
+      }
+    }
+  }
+}
+
+/// Adds the gradient of one box to a [height, width] plane.
+template <class T>
+void add_box(const Problem& problem, int64_t k, const Box<acc_t<T>>& box, int64_t c,
+             std::vector<double>& plane) {
+  const auto* grad = static_cast<const T*>(problem.pooled);
+  const BoxAxis<acc_t<T>> along_y = box_axis(problem, box, kY);
+  const BoxAxis<acc_t<T>> along_x = box_axis(problem, box, kX);
+  for (int32_t i = 0; i < problem.out_height; ++i) {
+    for (int32_t j = 0; j < problem.out_width; ++j) {
+      const double g = load_value(grad[pooled_offset(problem, k, c, i, j)]);
+      for_each_mean_tap(problem.op, along_y, i, [&](int32_t y, double wy, double, double) {
+        for_each_mean_tap(problem.op, along_x, j, [&](int32_t x, double wx, double, double) {
+          plane[static_cast<int64_t>(y) * along_x.size + x] += wy * wx * g;
+        });
+      });
+    }
+  }
+}
+
+template <class T>
+void grad_features_typed(const Problem& problem) {
+  using Number = acc_t<T>;
+  std::vector<double> plane;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    const Level& level = problem.level[l];
+    auto* features = static_cast<T*>(level.data);
+    for (int64_t n = 0; n < problem.batch; ++n) {
+      for (int64_t c = 0; c < problem.channels; ++c) {
+        plane.assign(static_cast<int64_t>(level.height) * level.width, 0.0);
+        for (int64_t k = 0; k < problem.boxes; ++k) {
+          const Box<Number> box = read_box<Number>(problem, k);
+          if (box.level == l && box.image == n) add_box<T>(problem, k, box, c, plane);
+        }
+        for (int32_t y = 0; y < level.height; ++y) {
+          for (int32_t x = 0; x < level.width; ++x) {
+            features[level_offset(level, n, c, y, x)] = Store<T>::from(
+                static_cast<Number>(plane[static_cast<int64_t>(y) * level.width + x]));
+          }
+        }
+      }
+    }
+  }
+}
+
+/// d <pooled, out> / d origin and d step of one axis of a box.
+struct AxisGradient {
+  double origin = 0, step = 0;
+};
+
+template <class T>
+AxisGradient axis_gradient(const Problem& problem, int64_t k, const Box<acc_t<T>>& box,
+                           Direction direction) {
+  using Number = acc_t<T>;
+  const Level& level = problem.level[box.level];
+  const auto* features = static_cast<const T*>(level.data);
+  const auto* grad = static_cast<const pooled_t<T>*>(problem.pooled);
+  const BoxAxis<Number> along_y = box_axis(problem, box, kY);
+  const BoxAxis<Number> along_x = box_axis(problem, box, kX);
+  AxisGradient sum;
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    for (int32_t i = 0; i < problem.out_height; ++i) {
+      for (int32_t j = 0; j < problem.out_width; ++j) {
+        const double g = load_value(grad[pooled_offset(problem, k, c, i, j)]);
+        for_each_mean_tap(
+            problem.op, along_y, i, [&](int32_t y, double wy, double slope_y, double progress_y) {
+              for_each_mean_tap(
+                  problem.op, along_x, j,
+                  [&](int32_t x, double wx, double slope_x, double progress_x) {
+                    const double value =
+                        g * load_value(features[level_offset(level, box.image, c, y, x)]);
+                    const double slope = direction == kY ? slope_y * wx : wy * slope_x;
+                    sum.origin += value * slope;
+                    sum.step += value * slope * (direction == kY ? progress_y : progress_x);
+                  });
+            });
+      }
+    }
+  }
+  return sum;
+}
+
+template <class T>
+void grad_boxes_typed(const Problem& problem) {
+  using Number = acc_t<T>;
+  auto* rows = static_cast<Number*>(problem.grad_box);
+  for (int64_t k = 0; k < problem.boxes; ++k) {
+    const Box<Number> box = read_box<Number>(problem, k);
+    Number* row = rows + k * problem.box_columns;
+    std::fill_n(row, problem.box_columns, Number(0));
+    if (box.level < 0) continue;
+    Number* edges = row + problem.box_columns - 4;
+    for (const Direction direction : {kY, kX}) {
+      const Axis<Number> axis = box_axis(problem, box, direction).axis;
+      const AxisGradient g = axis_gradient<T>(problem, k, box, direction);
+      edges[problem.op.lo_column(direction)] =
+          static_cast<Number>(g.origin * axis.origin_lo + g.step * axis.step_lo);
+      edges[problem.op.hi_column(direction)] =
+          static_cast<Number>(g.origin * axis.origin_hi + g.step * axis.step_hi);
+    }
+  }
+}
+
+void sample(const Problem& problem) {
+  with_feature_type(problem.dtype,
+                    [&](auto type) { sample_typed<typename decltype(type)::type>(problem); });
+}
+
+void grad_features(const Problem& problem) {
+  with_gradient_type(
+      problem.dtype, [&](auto type) { grad_features_typed<typename decltype(type)::type>(problem); });
+}
+
+void grad_boxes(const Problem& problem) {
+  with_feature_type(problem.dtype,
+                    [&](auto type) { grad_boxes_typed<typename decltype(type)::type>(problem); });
+}
+
+size_t no_workspace(const Problem&) { return 0; }
+
+}  // namespace
+
+const Backend& simple_backend() {
+  static const Backend backend = {"simple",      true,          no_workspace,
+                                  sample,        grad_features, grad_boxes};
+  return backend;
+}
+
+}  // namespace glimpse

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "ops/config.h"
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace glimpse::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+/// Throws "<name>: <parts...>". Errors are runtime_error only: libtorch versions disagree on the
+/// Python type of the others.
+template <class... Parts>
+[[noreturn]] void fail(const char* name, const Parts&... parts) {
+  std::ostringstream text;
+  text << name << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+template <class... Parts>
+void check(bool condition, const char* name, const Parts&... parts) {
+  if (!condition) fail(name, parts...);
+}
+
+std::string describe_shape(const Tensor& tensor);  // [2, 3, 8, 8]
+const char* describe_dtype(ScalarType type);
+std::string describe_device(const Tensor& tensor);
+
+/// Features: 4-D, of one supported dtype, one device, one batch size and one channel count, with
+/// at least one pixel where there are boxes to read it.
+void check_features(const char* name, const std::vector<Tensor>& features, int64_t boxes);
+
+/// Boxes: [K, 5] (image, x1, y1, x2, y2), or [K, 4] with an image index apart.
+void check_boxes(const char* name, const Tensor& boxes,
+                 const std::optional<Tensor>& image_index, const Tensor& like);
+
+/// A [K] integer tensor on the same device.
+void check_index(const char* name, const char* what, const Tensor& index, int64_t boxes,
+                 const Tensor& like);
+
+void check_same_device(const char* name, const char* what, const Tensor& tensor,
+                       const Tensor& like);
+
+int64_t check_output_size(const char* name, int64_t size);
+
+/// Every image index of `problem` lies inside the batch. Reads the boxes: host memory only.
+void check_image_index(const char* name, const Problem& problem);
+
+bool is_float(ScalarType type);
+Dtype storage_dtype(const char* name, ScalarType type);
+
+}  // namespace glimpse::ops

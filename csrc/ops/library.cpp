@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The table of contents: every schema, and which function runs it.
+#include "ops/library.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "ops/checks.h"
+#include "ops/roi_align.h"
+#include "ops/sample.h"
+
+namespace glimpse::ops {
+
+namespace {
+
+// An operator as the generic entries carry it: kind, then its numbers.
+struct Named {
+  const char* name;
+  Operator op;
+};
+
+Named decode_operator(int64_t kind, const std::vector<double>& params) {
+  Operator op;
+  op.kind = static_cast<int32_t>(kind);
+  switch (kind) {
+    case Operator::kRoiAlign:
+      op.roi_align = decode_roi_align(params);
+      return {"roi_align", op};
+    default:
+      fail("_sample", "does not know operator kind ", kind);
+  }
+}
+
+Sampling decode(const Tensor& boxes, const std::optional<Tensor>& image_index,
+                const std::optional<Tensor>& levels, const std::optional<Tensor>& tangent,
+                int64_t tangent_axes, const std::vector<int64_t>& output_size, int64_t kind,
+                const std::vector<double>& params, const std::vector<double>& scales,
+                const std::vector<double>& level_rule) {
+  const Named named = decode_operator(kind, params);
+  check(output_size.size() == 2, named.name, "expects an output height and width, got ",
+        output_size.size(), " numbers");
+  Sampling sampling(named.name, named.op, boxes);
+  sampling.image_index = image_index;
+  sampling.levels = levels;
+  sampling.tangent = tangent;
+  sampling.tangent_axes = tangent_axes;
+  sampling.out_height = output_size[0];
+  sampling.out_width = output_size[1];
+  sampling.scales = scales;
+  check(level_rule.empty() || level_rule.size() == 3, named.name,
+        "expects a level rule of 3 numbers (kind, canonical size, canonical level), got ",
+        level_rule.size());
+  if (!level_rule.empty()) {
+    sampling.level_rule =
+        make_level_rule(named.name, static_cast<int64_t>(level_rule[0]), level_rule[1],
+                        static_cast<int64_t>(level_rule[2]), scales);
+  } else {
+    check(scales.size() == 1 || levels.has_value(), named.name,
+          "expects a level rule or levels where there are several feature maps");
+  }
+  return sampling;
+}
+
+Tensor sample_entry(std::vector<Tensor> features, Tensor boxes, std::optional<Tensor> image_index,
+                    std::optional<Tensor> levels, std::optional<Tensor> tangent,
+                    int64_t tangent_axes, std::vector<int64_t> output_size, int64_t kind,
+                    std::vector<double> params, std::vector<double> scales,
+                    std::vector<double> level_rule) {
+  return sample(decode(boxes, image_index, levels, tangent, tangent_axes, output_size, kind,
+                       params, scales, level_rule),
+                features);
+}
+
+std::vector<Tensor> sample_grad_features_entry(
+    Tensor grad, Tensor boxes, std::optional<Tensor> image_index, std::optional<Tensor> levels,
+    std::optional<Tensor> tangent, int64_t tangent_axes, std::vector<int64_t> output_size,
+    int64_t kind, std::vector<double> params, std::vector<double> scales,
+    std::vector<double> level_rule, std::vector<int64_t> sizes, bool channels_last) {
+  return sample_grad_features(decode(boxes, image_index, levels, tangent, tangent_axes,
+                                     output_size, kind, params, scales, level_rule),
+                              grad, sizes, channels_last);
+}
+
+Tensor sample_grad_boxes_entry(std::vector<Tensor> features, Tensor grad, Tensor boxes,
+                               std::optional<Tensor> image_index, std::optional<Tensor> levels,
+                               std::optional<Tensor> tangent, int64_t tangent_axes,
+                               std::vector<int64_t> output_size, int64_t kind,
+                               std::vector<double> params, std::vector<double> scales,
+                               std::vector<double> level_rule) {
+  return sample_grad_boxes(decode(boxes, image_index, levels, tangent, tangent_axes, output_size,
+                                  kind, params, scales, level_rule),
+                           features, grad);
+}
+
+void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("roi_align", TORCH_BOX(&roi_align));
+  m.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align));
+  m.impl("_sample", TORCH_BOX(&sample_entry));
+  m.impl("_sample_grad_features", TORCH_BOX(&sample_grad_features_entry));
+  m.impl("_sample_grad_boxes", TORCH_BOX(&sample_grad_boxes_entry));
+}
+
+}  // namespace
+
+#if defined(GLIMPSE_CUDA_LIBRARY)
+
+STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CUDA, m) { register_kernels(m); }
+
+#else
+
+// Sampling arguments of the generic operators, which carry every derivative of the named ones:
+// tangent_axes says which axes (1: y, 2: x) use the derivative of their weights along `tangent`.
+#define GLIMPSE_SAMPLING_SCHEMA                                                              \
+  "Tensor boxes, Tensor? image_index, Tensor? levels, Tensor? tangent, int tangent_axes, " \
+  "SymInt[] output_size, int op, float[] params, float[] scales, float[] level_rule"
+
+STABLE_TORCH_LIBRARY(glimpse_ext, m) {
+  m.def(
+      "roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, "
+      "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor");
+  m.def(
+      "multiscale_roi_align(Tensor[] features, Tensor boxes, Tensor? levels, "
+      "SymInt pooled_height, SymInt pooled_width, float[] scales, int sampling_ratio, "
+      "bool aligned, float canonical_size, int canonical_level, int assign) -> Tensor");
+  m.def("_sample(Tensor[] features, " GLIMPSE_SAMPLING_SCHEMA ") -> Tensor");
+  m.def("_sample_grad_features(Tensor grad, " GLIMPSE_SAMPLING_SCHEMA
+        ", SymInt[] sizes, bool channels_last) -> Tensor[]");
+  m.def("_sample_grad_boxes(Tensor[] features, Tensor grad, " GLIMPSE_SAMPLING_SCHEMA
+        ") -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CPU, m) { register_kernels(m); }
+
+#endif
+
+}  // namespace glimpse::ops
+
+#if !defined(GLIMPSE_BUILD_VERSION)
+#define GLIMPSE_BUILD_VERSION "unknown"
+#endif
+#if !defined(GLIMPSE_BUILD_TORCH)
+#define GLIMPSE_BUILD_TORCH "unknown"
+#endif
+#if !defined(GLIMPSE_BUILD_CUDA)
+#define GLIMPSE_BUILD_CUDA "none"
+#endif
+#if !defined(GLIMPSE_BUILD_ARCHS)
+#define GLIMPSE_BUILD_ARCHS "none"
+#endif
+
+/// What this library was built from, as "key: value" lines.
+extern "C" __attribute__((visibility("default"))) const char* glimpse_build_info() {
+  return "version: " GLIMPSE_BUILD_VERSION
+         "\n"
+         "torch headers: " GLIMPSE_BUILD_TORCH
+         "\n"
+         "CUDA: " GLIMPSE_BUILD_CUDA
+         "\n"
+         "CUDA architectures: " GLIMPSE_BUILD_ARCHS
+         "\n"
+         "compiler: " __VERSION__;
+}

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "ops/config.h"
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+// The functions behind the schemas in library.cpp, one block per file that defines them.
+
+namespace glimpse::ops {
+
+using torch::stable::Tensor;
+
+// roi_align.cpp
+Tensor roi_align(Tensor input, Tensor boxes, double spatial_scale, int64_t pooled_height,
+                 int64_t pooled_width, int64_t sampling_ratio, bool aligned);
+Tensor multiscale_roi_align(std::vector<Tensor> features, Tensor boxes,
+                            std::optional<Tensor> levels, int64_t pooled_height,
+                            int64_t pooled_width, std::vector<double> scales,
+                            int64_t sampling_ratio, bool aligned, double canonical_size,
+                            int64_t canonical_level, int64_t assign);
+
+}  // namespace glimpse::ops

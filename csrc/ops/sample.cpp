@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "ops/sample.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+
+#include "ops/checks.h"
+#include "ops/device.h"
+
+namespace glimpse::ops {
+
+using torch::headeronly::MemoryFormat;
+
+namespace {
+
+// The layout of a call is that of its first feature map. A map is read in place whenever the
+// stride that the layout wants to be 1 is 1; slices and crops of maps are therefore not copied.
+Layout layout_of(const Tensor& map) {
+  if (map.is_contiguous()) return Layout::kNchw;
+  return map.stride(1) == 1 && map.size(1) > 1 ? Layout::kNhwc : Layout::kNchw;
+}
+
+bool readable_as(const Tensor& map, Layout layout) {
+  return layout == Layout::kNchw ? map.stride(3) == 1 || map.size(3) == 1
+                                 : map.stride(1) == 1 || map.size(1) == 1;
+}
+
+MemoryFormat memory_format(Layout layout) {
+  return layout == Layout::kNhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type,
+                  Layout layout) {
+  return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(),
+                              std::nullopt, memory_format(layout));
+}
+
+Tensor dense(const Tensor& tensor, Layout layout) {
+  return torch::stable::contiguous(tensor, memory_format(layout));
+}
+
+Tensor converted(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor
+                                                                : torch::stable::to(tensor, type));
+}
+
+/// A Problem together with the tensors that keep its pointers alive.
+class Call {
+ public:
+  Call(const Sampling& sampling, ScalarType features_type, int64_t batch, int64_t channels,
+       size_t maps, Layout layout)
+      : name_(sampling.name) {
+    const bool wide = features_type == ScalarType::Double;
+    const ScalarType coordinates = wide ? ScalarType::Double : ScalarType::Float;
+    boxes_ = converted(sampling.boxes, coordinates);
+
+    check(sampling.scales.size() == maps, name_, "expects one scale for each feature map, got ",
+          sampling.scales.size(), " scales and ", maps, " maps");
+    problem.op = sampling.op;
+    problem.levels = static_cast<int32_t>(maps);
+    problem.level_rule = sampling.level_rule;
+    problem.batch = batch;
+    problem.channels = channels;
+    problem.boxes = boxes_.size(0);
+    problem.out_height = static_cast<int32_t>(check_output_size(name_, sampling.out_height));
+    problem.out_width = static_cast<int32_t>(check_output_size(name_, sampling.out_width));
+    problem.dtype = storage_dtype(name_, features_type);
+    problem.layout = layout;
+    problem.box = boxes_.const_data_ptr();
+    problem.box_columns = static_cast<int32_t>(boxes_.size(1));
+    if (sampling.image_index.has_value()) {
+      image_index_ = converted(*sampling.image_index, ScalarType::Long);
+      problem.image_index = image_index_->const_data_ptr<int64_t>();
+    }
+    if (sampling.levels.has_value()) {
+      levels_ = converted(*sampling.levels, ScalarType::Long);
+      problem.box_level = levels_->const_data_ptr<int64_t>();
+    }
+    if (sampling.tangent_axes != 0) {
+      check(sampling.tangent.has_value(), name_, "tangent axes need a tangent");
+      tangent_ = converted(*sampling.tangent, coordinates);
+      problem.tangent = tangent_->const_data_ptr();
+      problem.tangent_axes = static_cast<int32_t>(sampling.tangent_axes);
+    }
+    if (current_backend().checks_image_index) check_image_index(name_, problem);
+  }
+
+  void set_level(size_t index, const Tensor& map, double scale) {
+    Level& level = problem.level[index];
+    level.data = const_cast<void*>(map.const_data_ptr());
+    level.stride_n = map.stride(0);
+    level.stride_c = map.stride(1);
+    level.stride_h = map.stride(2);
+    level.stride_w = map.stride(3);
+    level.height = static_cast<int32_t>(map.size(2));
+    level.width = static_cast<int32_t>(map.size(3));
+    level.scale = scale;
+    maps_.push_back(map);
+  }
+
+  Problem problem = {};
+
+ private:
+  const char* name_;
+  Tensor boxes_;
+  std::optional<Tensor> image_index_, levels_, tangent_;
+  std::vector<Tensor> maps_;
+};
+
+/// Checks what all three applications share; `like` carries the device.
+void check_sampling(const Sampling& sampling, const Tensor& like) {
+  const char* name = sampling.name;
+  check_boxes(name, sampling.boxes, sampling.image_index, like);
+  if (sampling.levels.has_value()) {
+    check_index(name, "levels", *sampling.levels, sampling.boxes.size(0), like);
+  }
+  if (sampling.tangent.has_value()) {
+    const Tensor& tangent = *sampling.tangent;
+    check(tangent.dim() == 2 && tangent.size(0) == sampling.boxes.size(0) &&
+              tangent.size(1) == sampling.boxes.size(1) && is_float(tangent.scalar_type()),
+          name, "the tangent must be like the boxes, ", describe_shape(sampling.boxes), ", got ",
+          describe_shape(tangent));
+    check_same_device(name, "the tangent", tangent, like);
+  }
+}
+
+void add_maps(Call& call, const Sampling& sampling, const std::vector<Tensor>& features) {
+  const Layout layout = call.problem.layout;
+  for (size_t i = 0; i < features.size(); ++i) {
+    const Tensor& map = features[i];
+    call.set_level(i, readable_as(map, layout) ? map : dense(map, layout), sampling.scales[i]);
+  }
+}
+
+void check_grad(const Sampling& sampling, const Tensor& grad, int64_t channels) {
+  check(grad.dim() == 4 && grad.size(0) == sampling.boxes.size(0) && grad.size(1) == channels &&
+            grad.size(2) == sampling.out_height && grad.size(3) == sampling.out_width,
+        sampling.name, "the gradient must be [", sampling.boxes.size(0), ", ", channels, ", ",
+        sampling.out_height, ", ", sampling.out_width, "], got ", describe_shape(grad));
+}
+
+}  // namespace
+
+LevelRule make_level_rule(const char* name, int64_t kind, double canonical_size,
+                          int64_t canonical_level, const std::vector<double>& scales) {
+  check(kind >= 0 && kind < LevelRule::kKinds, name, "does not know level rule ", kind);
+  check(!scales.empty(), name, "expects at least one scale, got none");
+  for (const double scale : scales) {
+    check(scale > 0 && scale < 1e30, name, "scales must be positive, got ", scale);
+  }
+  LevelRule rule;
+  rule.kind = static_cast<int32_t>(kind);
+  rule.canonical_level = static_cast<int32_t>(canonical_level);
+  rule.canonical_size = canonical_size;
+  rule.first = level_of_scale(scales.front());
+  rule.last = level_of_scale(scales.back());
+  return rule;
+}
+
+Tensor sample(const Sampling& sampling, const std::vector<Tensor>& features) {
+  check_features(sampling.name, features, sampling.boxes.dim() > 0 ? sampling.boxes.size(0) : 0);
+  const Tensor& first = features.front();
+  check_sampling(sampling, first);
+  const DeviceScope scope(first);
+
+  const ScalarType type = first.scalar_type();
+  const Layout layout = layout_of(first);
+  Call call(sampling, type, first.size(0), first.size(1), features.size(), layout);
+  const Problem& sizes = call.problem;
+  Tensor pooled =
+      make_empty(first, {sizes.boxes, sizes.channels, sizes.out_height, sizes.out_width},
+                 type == ScalarType::Byte ? ScalarType::Float : type, layout);
+  if (pooled.numel() == 0) return pooled;
+  add_maps(call, sampling, features);
+  call.problem.pooled = pooled.mutable_data_ptr();
+  call.problem.stream = scope.stream();
+  current_backend().sample(call.problem);
+  return pooled;
+}
+
+std::vector<Tensor> sample_grad_features(const Sampling& sampling, const Tensor& grad,
+                                         const std::vector<int64_t>& sizes, bool channels_last) {
+  const char* name = sampling.name;
+  check(sizes.size() >= 4 && sizes.size() % 2 == 0 &&
+            sizes.size() / 2 - 1 <= static_cast<size_t>(kMaxLevels),
+        name, "expects the sizes N, C and height, width of each feature map, got ", sizes.size(),
+        " numbers");
+  const size_t maps = sizes.size() / 2 - 1;
+  check(is_float(grad.scalar_type()), name, "the gradient must be a float tensor, got ",
+        describe_dtype(grad.scalar_type()));
+  check_sampling(sampling, grad);
+  check_grad(sampling, grad, sizes[1]);
+  const DeviceScope scope(grad);
+
+  const Layout layout = channels_last ? Layout::kNhwc : Layout::kNchw;
+  Call call(sampling, grad.scalar_type(), sizes[0], sizes[1], maps, layout);
+  std::vector<Tensor> grads;
+  int64_t elements = 0;
+  for (size_t i = 0; i < maps; ++i) {
+    const int64_t height = sizes[2 + 2 * i], width = sizes[3 + 2 * i];
+    check(height >= 0 && width >= 0 && height <= 0x7fffff00 && width <= 0x7fffff00, name,
+          "feature map sizes must fit in 32 bits, got ", height, " x ", width);
+    grads.push_back(
+        make_empty(grad, {sizes[0], sizes[1], height, width}, grad.scalar_type(), layout));
+    call.set_level(i, grads.back(), sampling.scales[i]);
+    elements += grads.back().numel();
+  }
+  if (elements == 0) return grads;
+  const Tensor pooled = dense(grad, layout);
+  call.problem.pooled = const_cast<void*>(pooled.const_data_ptr());
+  call.problem.stream = scope.stream();
+  // Kept until the launches are enqueued; the caching allocator orders its reuse on the stream.
+  std::optional<Tensor> workspace;
+  const size_t bytes = current_backend().grad_features_workspace(call.problem);
+  if (bytes > 0) {
+    const int64_t size = static_cast<int64_t>(bytes);
+    workspace = torch::stable::empty({&size, 1}, ScalarType::Byte, std::nullopt, grad.device());
+    call.problem.workspace = workspace->mutable_data_ptr();
+  }
+  current_backend().grad_features(call.problem);
+  return grads;
+}
+
+Tensor sample_grad_boxes(const Sampling& sampling, const std::vector<Tensor>& features,
+                         const Tensor& grad) {
+  const char* name = sampling.name;
+  check_features(name, features, sampling.boxes.dim() > 0 ? sampling.boxes.size(0) : 0);
+  const Tensor& first = features.front();
+  check_sampling(sampling, first);
+  check_grad(sampling, grad, first.size(1));
+  check_same_device(name, "the gradient", grad, first);
+  const DeviceScope scope(first);
+
+  const ScalarType type = first.scalar_type();
+  const ScalarType pooled_type = type == ScalarType::Byte ? ScalarType::Float : type;
+  const Layout layout = layout_of(first);
+  Call call(sampling, type, first.size(0), first.size(1), features.size(), layout);
+  const ScalarType coordinates =
+      type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor grad_boxes = torch::stable::new_empty(
+      sampling.boxes, {sampling.boxes.size(0), sampling.boxes.size(1)}, coordinates);
+  if (grad.numel() == 0) {
+    torch::stable::zero_(grad_boxes);
+  } else {
+    add_maps(call, sampling, features);
+    const Tensor pooled = dense(
+        grad.scalar_type() == pooled_type ? grad : torch::stable::to(grad, pooled_type), layout);
+    call.problem.pooled = const_cast<void*>(pooled.const_data_ptr());
+    call.problem.grad_box = grad_boxes.mutable_data_ptr();
+    call.problem.stream = scope.stream();
+    current_backend().grad_boxes(call.problem);
+  }
+  const ScalarType boxes_type = sampling.boxes.scalar_type();
+  return boxes_type == coordinates ? grad_boxes : torch::stable::to(grad_boxes, boxes_type);
+}
+
+}  // namespace glimpse::ops

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "ops/config.h"
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "geometry/operators.h"
+#include "geometry/pyramid.h"
+
+namespace glimpse::ops {
+
+using torch::stable::Tensor;
+
+/// What is read and where: everything of a call but the tensor that it reads or writes.
+struct Sampling {
+  Sampling(const char* name, const Operator& op, Tensor boxes)
+      : name(name), op(op), boxes(std::move(boxes)) {}
+
+  const char* name;  // of the operator, for errors
+  Operator op;
+  Tensor boxes;
+  std::optional<Tensor> image_index;
+  std::optional<Tensor> levels;
+  std::optional<Tensor> tangent;
+  int64_t tangent_axes = 0;
+  int64_t out_height = 0, out_width = 0;
+  std::vector<double> scales;  // one per feature map
+  LevelRule level_rule = {};
+};
+
+/// The rule that assigns boxes to the maps of a pyramid with these scales.
+LevelRule make_level_rule(const char* name, int64_t kind, double canonical_size,
+                          int64_t canonical_level, const std::vector<double>& scales);
+
+/// Pooled values [K, C, out_height, out_width] in the memory format of the first feature map.
+Tensor sample(const Sampling& sampling, const std::vector<Tensor>& features);
+
+/// Gradients to the feature maps. sizes: N, C, then height and width of each map.
+std::vector<Tensor> sample_grad_features(const Sampling& sampling, const Tensor& grad,
+                                         const std::vector<int64_t>& sizes, bool channels_last);
+
+/// Gradient to the boxes, in their shape and dtype.
+Tensor sample_grad_boxes(const Sampling& sampling, const std::vector<Tensor>& features,
+                         const Tensor& grad);
+
+}  // namespace glimpse::ops
