@@ -51,7 +51,7 @@ def size_pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
             )
         height, width = size
     else:
-        height = width = size  # type: ignore[assignment]
+        height = width = size
     for side in (height, width):
         if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
             raise TypeError(f"{name}: output_size must be int, got {type(side).__name__}")

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autograd
 from ._arguments import check_indices, join_boxes, size_pair
-from ._autograd import Sampler, Where
+from ._register import register_sampler
+from ._sampling import COLUMNS, Sampler, Where
 
 _KIND = 0
 _Y_COLUMNS, _X_COLUMNS = (1, 3), (0, 2)  # x1, y1, x2, y2
-_autograd.COLUMNS[_KIND] = (_Y_COLUMNS, _X_COLUMNS)
+COLUMNS[_KIND] = (_Y_COLUMNS, _X_COLUMNS)
 
 _ASSIGN = {"torchvision": 0, "detectron2": 1}
 
@@ -72,8 +72,8 @@ def _bind_multiscale(
     return features, _place(boxes, levels, size, scales, sampling_ratio, aligned, rule)
 
 
-_autograd.register_sampler("roi_align", _bind_roi_align)
-_autograd.register_sampler("multiscale_roi_align", _bind_multiscale)
+_roi_align = register_sampler("roi_align", _bind_roi_align)
+_multiscale_roi_align = register_sampler("multiscale_roi_align", _bind_multiscale)
 
 
 def roi_align(
@@ -140,13 +140,7 @@ def roi_align(
     height, width = size_pair(name, output_size)
     if input.dim() == 4:
         check_indices(name, boxes, input.shape[0])
-    if _autograd.transforms_active():
-        place = _bind_roi_align(input, boxes, spatial_scale, height, width, sampling_ratio, aligned)
-        return _autograd.sample(*place)
-    result: Tensor = torch.ops.glimpse_ext.roi_align.default(
-        input, boxes, spatial_scale, height, width, sampling_ratio, aligned
-    )
-    return result
+    return _roi_align(input, boxes, spatial_scale, height, width, sampling_ratio, aligned)
 
 
 def multiscale_roi_align(
@@ -213,7 +207,7 @@ def multiscale_roi_align(
             for other in maps[1:]:
                 dtype = torch.promote_types(dtype, other.dtype)
             maps = [m.to(dtype) for m in maps]
-    arguments = (
+    return _multiscale_roi_align(
         maps,
         boxes,
         levels,
@@ -226,7 +220,3 @@ def multiscale_roi_align(
         canonical_level,
         _ASSIGN[assign],
     )
-    if _autograd.transforms_active():
-        return _autograd.sample(*_bind_multiscale(*arguments))
-    result: Tensor = torch.ops.glimpse_ext.multiscale_roi_align.default(*arguments)
-    return result

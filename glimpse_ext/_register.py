@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Registers autograd, fake kernels and batching rules of the operators, once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ._autograd import (
+    GradBoxesFunction,
+    GradFeaturesFunction,
+    SampleFunction,
+    differentiates,
+    sample,
+    transforms_active,
+)
+from ._sampling import (
+    Where,
+    bind_grad_boxes,
+    bind_grad_features,
+    bind_sample,
+    is_channels_last,
+)
+
+_ops = torch.ops.glimpse_ext
+_library_impl = torch.library.Library("glimpse_ext", "IMPL")
+
+
+def _run_below_autograd(op: Any, args: tuple[Any, ...]) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        out: Tensor = op(*args)
+    return out
+
+
+def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+Bind = Callable[..., tuple[Sequence[Tensor], Where]]
+"""Arguments of an operator, in schema order -> its feature maps and where they are read."""
+
+Dims = dict[int, int]
+"""Batch dimension of each batched tensor, by id."""
+
+
+def _fake_pooled(first: Tensor, where: Where) -> Tensor:
+    dtype = torch.float32 if first.dtype == torch.uint8 else first.dtype
+    size = (where.boxes.shape[0], first.shape[1], *where.sampler.output_size)
+    return torch.empty(
+        size,
+        dtype=dtype,
+        device=first.device,
+        memory_format=_memory_format(is_channels_last(first)),
+    )
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _dims(args: Sequence[Any], in_dims: Sequence[Any]) -> Dims:
+    found: Dims = {}
+    for arg, dim in zip(args, in_dims, strict=True):
+        if isinstance(arg, Tensor) and dim is not None:
+            found[id(arg)] = dim
+        elif isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            found.update(_dims(arg, dim))
+    return found
+
+
+def _to_front(tensor: Tensor, dims: Dims, size: int) -> Tensor:
+    dim = dims.get(id(tensor))
+    if dim is None:
+        return tensor.unsqueeze(0).expand(size, *tensor.shape)
+    return tensor.movedim(dim, 0)
+
+
+def _flat(tensor: Tensor, dims: Dims, size: int) -> Tensor:
+    """The batch dimension joined with the first one."""
+    return _to_front(tensor, dims, size).flatten(0, 1)
+
+
+def _optional_flat(tensor: Tensor | None, dims: Dims, size: int) -> Tensor | None:
+    return None if tensor is None else _flat(tensor, dims, size)
+
+
+def _batch_where(where: Where, dims: Dims, size: int, images: int | None) -> Where:
+    """One place for all examples of a batch.
+
+    images: the number of images of one example where examples have images of their own, so that
+    example e reads images e*images and on; None where all examples read the same images.
+    """
+    boxes = _to_front(where.boxes, dims, size)
+    tangent = None if where.tangent is None else _to_front(where.tangent, dims, size)
+    levels = _optional_flat(where.levels, dims, size)
+    if images is None:
+        image_index = _optional_flat(where.image_index, dims, size)
+    else:
+        if where.image_index is None:
+            index = boxes[..., 0]
+            valid = (index > -1) & (index < images)
+            index = torch.where(valid, index, torch.zeros_like(index)).to(torch.int64)
+            boxes = boxes[..., 1:]
+            tangent = None if tangent is None else tangent[..., 1:]
+        else:
+            index = _to_front(where.image_index, dims, size).to(torch.int64)
+            valid = (index >= 0) & (index < images)
+        example = torch.arange(size, device=boxes.device).unsqueeze(1)
+        # An index outside its own example must not reach into the next one.
+        image_index = torch.where(valid, index + example * images, -1).flatten()
+    return where._replace(
+        boxes=boxes.flatten(0, 1),
+        image_index=image_index,
+        levels=levels,
+        tangent=None if tangent is None else tangent.flatten(0, 1),
+    )
+
+
+def _batch_sample(
+    features: Sequence[Tensor], where: Where, dims: Dims, size: int
+) -> tuple[Tensor, int]:
+    own_images = any(id(f) in dims for f in features)
+    one = features[0]
+    images = one.shape[0 if dims.get(id(one)) != 0 else 1] if own_images else None
+    boxes = where.boxes.shape[0 if dims.get(id(where.boxes)) != 0 else 1]
+    flat = [_flat(f, dims, size) for f in features] if own_images else list(features)
+    place = _batch_where(where, dims, size, images)
+    pooled = _ops._sample.default(flat, *place.arguments())
+    return pooled.unflatten(0, (size, boxes)), 0
+
+
+def _batch_grad_features(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
+    grad, where, maps = bind_grad_features(*args)
+    dims, size = _dims(args, in_dims), info.batch_size
+    images = maps.sizes[0]
+    grads = _ops._sample_grad_features.default(
+        _flat(grad, dims, size),
+        *_batch_where(where, dims, size, images).arguments(),
+        [size * images, *maps.sizes[1:]],
+        maps.channels_last,
+    )
+    return [g.unflatten(0, (size, images)) for g in grads], [0] * len(grads)
+
+
+def _batch_grad_boxes(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    features, grad, where = bind_grad_boxes(*args)
+    dims, size = _dims(args, in_dims), info.batch_size
+    own_images = any(id(f) in dims for f in features)
+    one = features[0]
+    images = one.shape[0 if dims.get(id(one)) != 0 else 1] if own_images else None
+    boxes = where.boxes.shape[0 if dims.get(id(where.boxes)) != 0 else 1]
+    columns = where.boxes.shape[-1 if dims.get(id(where.boxes)) != where.boxes.dim() - 1 else -2]
+    flat = [_flat(f, dims, size) for f in features] if own_images else list(features)
+    place = _batch_where(where, dims, size, images)
+    got = _ops._sample_grad_boxes.default(flat, _flat(grad, dims, size), *place.arguments())
+    if got.shape[1] != columns:  # the image column went into an index of its own
+        got = torch.nn.functional.pad(got, (1, 0))
+    return got.unflatten(0, (size, boxes)), 0
+
+
+def register_sampler(name: str, bind: Bind) -> Callable[..., Tensor]:
+    """Gives a registered operator that samples its derivatives, fake kernel and batching rule.
+
+    Returns the operator as public functions call it: the same numbers by the shortest way.
+    """
+    op = getattr(_ops, name).default
+
+    def call(*args: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            out: Tensor = op(*args)
+            return out
+        features, where = bind(*args)
+        if transforms_active():
+            return sample(features, where)
+        if differentiates(where.boxes, *features):
+            return cast(
+                Tensor,
+                SampleFunction.apply(  # type: ignore[no-untyped-call]
+                    lambda: _run_below_autograd(op, args), where, where.boxes, None, *features
+                ),
+            )
+        return _run_below_autograd(op, args)
+
+    def autograd_kernel(keyset: Any, *args: Any) -> Tensor:
+        features, where = bind(*args)
+
+        def run() -> Tensor:
+            result: Tensor = _below_autograd(op, keyset, args)
+            return result
+
+        if not differentiates(where.boxes, where.tangent, *features):
+            return run()
+        out: Tensor = SampleFunction.apply(  # type: ignore[no-untyped-call]
+            run, where, where.boxes, where.tangent, *features
+        )
+        return out
+
+    def fake(*args: Any) -> Tensor:
+        features, where = bind(*args)
+        return _fake_pooled(features[0], where)
+
+    def batch(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        features, where = bind(*args)
+        return _batch_sample(features, where, _dims(args, in_dims), info.batch_size)
+
+    _library_impl.impl(name, autograd_kernel, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"glimpse_ext::{name}", fake)
+    torch.library.register_vmap(f"glimpse_ext::{name}", batch)
+    return call
+
+
+def _grad_features_kernel(keyset: Any, *args: Any) -> list[Tensor]:
+    grad, where, maps = bind_grad_features(*args)
+
+    def run() -> list[Tensor]:
+        result: list[Tensor] = _below_autograd(_ops._sample_grad_features.default, keyset, args)
+        return result
+
+    if not differentiates(grad, where.boxes, where.tangent):
+        return run()
+    grads: tuple[Tensor, ...] = GradFeaturesFunction.apply(  # type: ignore[no-untyped-call]
+        run, where, maps, grad, where.boxes, where.tangent
+    )
+    return list(grads)
+
+
+def _grad_boxes_kernel(keyset: Any, *args: Any) -> Tensor:
+    features, grad, where = bind_grad_boxes(*args)
+
+    def run() -> Tensor:
+        result: Tensor = _below_autograd(_ops._sample_grad_boxes.default, keyset, args)
+        return result
+
+    if not differentiates(grad, where.boxes, where.tangent, *features):
+        return run()
+    out: Tensor = GradBoxesFunction.apply(  # type: ignore[no-untyped-call]
+        run, where, grad, where.boxes, where.tangent, *features
+    )
+    return out
+
+
+def _fake_grad_features(*args: Any) -> list[Tensor]:
+    grad, _, maps = bind_grad_features(*args)
+    sizes = maps.sizes
+    return [
+        torch.empty(
+            (sizes[0], sizes[1], sizes[i], sizes[i + 1]),
+            dtype=grad.dtype,
+            device=grad.device,
+            memory_format=_memory_format(maps.channels_last),
+        )
+        for i in range(2, len(sizes), 2)
+    ]
+
+
+def _fake_grad_boxes(*args: Any) -> Tensor:
+    _, _, where = bind_grad_boxes(*args)
+    return torch.empty(where.boxes.shape, dtype=where.boxes.dtype, device=where.boxes.device)
+
+
+register_sampler("_sample", bind_sample)
+_library_impl.impl("_sample_grad_features", _grad_features_kernel, "Autograd", with_keyset=True)
+_library_impl.impl("_sample_grad_boxes", _grad_boxes_kernel, "Autograd", with_keyset=True)
+torch.library.register_fake("glimpse_ext::_sample_grad_features", _fake_grad_features)
+torch.library.register_fake("glimpse_ext::_sample_grad_boxes", _fake_grad_boxes)
+torch.library.register_vmap("glimpse_ext::_sample_grad_features", _batch_grad_features)
+torch.library.register_vmap("glimpse_ext::_sample_grad_boxes", _batch_grad_boxes)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a call of a sampling operator is made of, without its feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Y, X, BOTH = 1, 2, 3
+AXES = (Y, X)
+"""Sets of axes, as bits."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The numbers of a call that are not tensors, as the generic operators take them.
+
+    A dataclass, because torch.func takes tuples apart.
+    """
+
+    output_size: tuple[int, int]
+    op: int
+    params: tuple[float, ...]
+    scales: tuple[float, ...]
+    level_rule: tuple[float, ...]
+    y_columns: tuple[int, int]
+    """Columns of the low and high box edge along y, counted after the image column."""
+    x_columns: tuple[int, int]
+
+    def arguments(self) -> tuple[list[int], int, list[float], list[float], list[float]]:
+        return (
+            list(self.output_size),
+            self.op,
+            [float(p) for p in self.params],
+            [float(s) for s in self.scales],
+            [float(r) for r in self.level_rule],
+        )
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Sizes and memory format of feature maps that are to be made."""
+
+    sizes: tuple[int, ...]
+    """N, C, then height and width of each map."""
+    channels_last: bool
+
+    @staticmethod
+    def of(features: Sequence[Tensor]) -> Maps:
+        first = features[0]
+        sizes = [first.shape[0], first.shape[1]]
+        for feature in features:
+            sizes += [feature.shape[2], feature.shape[3]]
+        return Maps(tuple(sizes), is_channels_last(first))
+
+    def arguments(self) -> tuple[list[int], bool]:
+        return list(self.sizes), self.channels_last
+
+
+class Where(NamedTuple):
+    """Where is read: the boxes with what belongs to them, and how."""
+
+    boxes: Tensor
+    image_index: Tensor | None
+    levels: Tensor | None
+    tangent: Tensor | None
+    axes: int
+    sampler: Sampler
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (
+            self.boxes,
+            self.image_index,
+            self.levels,
+            self.tangent,
+            self.axes,
+            *self.sampler.arguments(),
+        )
+
+    def along(self, axis: int, motion: Tensor, axes: int) -> Where:
+        """The same place with ``axes`` in tangent mode, ``axis`` of them along ``motion``."""
+        other = BOTH - axis
+        if axes & other == 0 or self.tangent is None:
+            return self._replace(tangent=motion, axes=axes)
+        mask = axis_mask(self, axis)
+        return self._replace(tangent=torch.where(mask, motion, self.tangent), axes=axes)
+
+
+def axis_mask(where: Where, axes: int) -> Tensor:
+    skip = where.boxes.shape[1] - 4
+    sampler = where.sampler
+    # Compared on the device: a copy from the host would wait for the device.
+    column = torch.arange(where.boxes.shape[1], device=where.boxes.device)
+    mask = torch.zeros_like(column, dtype=torch.bool)
+    for axis, edges in ((Y, sampler.y_columns), (X, sampler.x_columns)):
+        if axes & axis:
+            for edge in edges:
+                mask = mask | (column == skip + edge)
+    return mask
+
+
+def restrict(gradient: Tensor, where: Where, axes: int) -> Tensor:
+    if axes == BOTH:
+        return gradient
+    return torch.where(axis_mask(where, axes), gradient, torch.zeros_like(gradient))
+
+
+def is_channels_last(features: Tensor) -> bool:
+    """The memory format of the result: that of the first feature map, as csrc/ops decides it."""
+    return not features.is_contiguous() and features.stride(1) == 1 and features.shape[1] > 1
+
+
+def place(args: Sequence[Any]) -> Where:
+    """Where, from the sampling arguments of a generic operator."""
+    boxes, image_index, levels, tangent, axes, output_size, op, params, scales, level_rule = args
+    y_columns, x_columns = COLUMNS[op]
+    sampler = Sampler(
+        tuple(output_size),
+        op,
+        tuple(params),
+        tuple(scales),
+        tuple(level_rule),
+        y_columns,
+        x_columns,
+    )
+    return Where(boxes, image_index, levels, tangent, axes, sampler)
+
+
+def bind_sample(features: Sequence[Tensor], *args: Any) -> tuple[Sequence[Tensor], Where]:
+    return features, place(args)
+
+
+def bind_grad_features(grad: Tensor, *args: Any) -> tuple[Tensor, Where, Maps]:
+    return grad, place(args[:-2]), Maps(tuple(args[-2]), args[-1])
+
+
+def bind_grad_boxes(
+    features: Sequence[Tensor], grad: Tensor, *args: Any
+) -> tuple[Sequence[Tensor], Tensor, Where]:
+    return features, grad, place(args)
+
+
+COLUMNS: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+"""Columns of the box edges along y and x for each operator kind; csrc/geometry/operators.h."""
