@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "cpu/backend.h"
+#include "cuda/backend.h"
 #include "geometry/pyramid.h"
 #include "geometry/tables.h"
-#include "testing/emulated.h"
 #include "testing/emulation_bindings.h"
 
 namespace py = pybind11;
