@@ -12,4 +12,8 @@ const Backend& cpu_backend();
 /// The same numbers by the shortest loops that can be read: what cpu_backend() is tested against.
 const Backend& simple_backend();
 
+/// The instruction set that cpu_backend() uses: "avx512", "avx2" or "baseline". The environment
+/// variable GLIMPSE_ISA, read once, can ask for a lesser one than the CPU has.
+const char* cpu_isa();
+
 }  // namespace glimpse

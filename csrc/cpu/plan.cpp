@@ -149,6 +149,8 @@ class Planner {
     plan.direct = false;
     plan.column_mask = nullptr;
     if (box.level < 0) return;
+    const Level& level = problem_.level[box.level];
+    if (level.height == 0 || level.width == 0) return;
     const BoxAxis<A> along_y = box_axis(problem_, box, kY);
     const BoxAxis<A> along_x = box_axis(problem_, box, kX);
     plan.axis[kY] = along_y.axis;
@@ -160,7 +162,6 @@ class Planner {
     plan.empty = false;
     choose_window(along_x.size, plan);
     const bool transpose = purpose_ != Purpose::kSample && !plan.direct;
-
     const bool nchw = problem_.layout == Layout::kNchw;
     const bool pad = nchw && !plan.direct && purpose_ == Purpose::kSample;
     if (purpose_ != Purpose::kGradFeatures || plan.direct) {
@@ -199,6 +200,8 @@ class Planner {
     if (problem_.layout == Layout::kNhwc) {
       plan.first_column = 0;
       plan.vectors = plan.last_valid = 0;
+      plan.direct = purpose_ == Purpose::kGradBoxes &&
+                    (columns_.taps() > kMaxColumns || problem_.out_width > kMaxColumns);
       return;
     }
     const int64_t columns = int64_t{columns_.high} - columns_.low + 1;
@@ -213,10 +216,6 @@ class Planner {
     const bool sparse = columns > 4 * int64_t{columns_.taps()} + 64;
     plan.direct = sparse || padded > kMaxColumns || problem_.out_width > kMaxColumns ||
                   problem_.out_height > kMaxColumns;
-    if (plan.last_valid <= 0) {  // Moving left dropped a whole vector.
-      plan.vectors -= 1;
-      plan.last_valid += lanes_;
-    }
   }
 
   void add_slopes(const RowBuffer<A>& buffer, Table<A>& table) {

@@ -52,7 +52,7 @@ struct BoxPlan {
   int64_t image;
   int32_t level;
   bool empty;   // reads nothing
-  bool direct;  // kNchw only: serve cell by cell; x.index counts from first_column
+  bool direct;  // serve cell by cell: few cells of a wide window, or too much for scratch
 
   /// kNchw: the window, `vectors` vectors of pixels from first_column on, of which the last one
   /// may read `last_valid` pixels before the row of the map ends.
@@ -61,8 +61,8 @@ struct BoxPlan {
   int32_t slots;
 
   Table<A> y;  // cell -> rows of the map
-  Table<A> x;  // cell -> columns, counted from first_column (kNchw) or absolute (kNhwc, sample)
-               // or as slots (kNhwc, grad_boxes)
+  Table<A> x;  // cell -> columns: counted from first_column (kNchw), as slots (kNhwc, grad_boxes,
+               // not direct), or absolute (kNhwc)
   Table<A> y_transposed;  // touched row -> cells
   Table<A> x_transposed;  // column (kNchw: each of the window; kNhwc: slot) -> cells
   const A* column_mask;   // kNchw, grad_boxes: all bits set where a column is touched

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "problem.h"
+
+namespace glimpse {
+
+// The three applications of Backend on the CPU: each plans, splits the work into tasks and runs
+// the kernels of the instruction set in use.
+void cpu_sample(const Problem& problem);
+void cpu_grad_features(const Problem& problem);
+void cpu_grad_boxes(const Problem& problem);
+
+}  // namespace glimpse

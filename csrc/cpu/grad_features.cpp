@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/applications.h"
+#include "cpu/dtypes.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace glimpse {
+namespace {
+
+// Note [One owner]
+// Each element of a gradient belongs to one task, which clears it and then adds boxes in box order.
+// A task owns a block of channels of one image of one level, or a band of its rows. How elements
+// are split into tasks therefore changes nothing in any sum, and may depend on the thread count.
+
+/// How the gradient of each level is split.
+struct Split {
+  int64_t block;                // channels
+  int64_t blocks;               // of all channels
+  int32_t band[kMaxLevels];     // rows
+  int64_t bands[kMaxLevels];    // of all rows
+  int64_t begin[kMaxLevels + 1];  // first task of each level
+};
+
+template <class T>
+Split split(const Problem& problem, int64_t lanes, int64_t workers) {
+  constexpr bool kScratch = !std::is_same_v<T, acc_t<T>>;
+  const bool nchw = problem.layout == Layout::kNchw;
+  const int64_t maps = problem.batch * problem.levels;
+  Split result;
+  if (nchw) {
+    result.block = lanes;
+  } else {
+    // Long runs of channels suit memory; fewer than 32 would share cache lines between tasks.
+    result.block = kScratch ? 64 : 128;
+    while (result.block > 32 && maps * (problem.channels / result.block) < 2 * workers) {
+      result.block /= 2;
+    }
+  }
+  result.blocks = (problem.channels + result.block - 1) / result.block;
+  const int64_t wanted =
+      workers == 1 ? 1 : (4 * workers + maps * result.blocks - 1) / (maps * result.blocks);
+  result.begin[0] = 0;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    const Level& level = problem.level[l];
+    int64_t rows = std::max<int64_t>((level.height + wanted - 1) / wanted, 16);
+    if (kScratch && !nchw) {
+      constexpr int64_t kScratchElements = 1 << 19;
+      rows = std::min(rows, std::max<int64_t>(
+                                8, kScratchElements / (result.block * std::max(level.width, 1))));
+    }
+    result.band[l] = static_cast<int32_t>(std::min<int64_t>(rows, std::max(level.height, 1)));
+    result.bands[l] = (level.height + result.band[l] - 1) / result.band[l];
+    result.begin[l + 1] =
+        result.begin[l] + problem.batch * result.blocks * result.bands[l];
+  }
+  return result;
+}
+
+/// Fills in what `task` owns.
+template <class A>
+void describe_task(const Problem& problem, const Split& split, int64_t task, GradWork<A>& work) {
+  int32_t l = 0;
+  while (task >= split.begin[l + 1]) ++l;
+  task -= split.begin[l];
+  const int64_t band = task % split.bands[l];
+  const int64_t block = task / split.bands[l] % split.blocks;
+  work.problem = &problem;
+  work.level = l;
+  work.image = task / split.bands[l] / split.blocks;
+  work.channel = block * split.block;
+  work.channels = std::min(split.block, problem.channels - work.channel);
+  work.first_row = static_cast<int32_t>(band * split.band[l]);
+  work.end_row = std::min(work.first_row + split.band[l], problem.level[l].height);
+}
+
+template <class T>
+void grad_features_typed(const Problem& problem) {
+  using A = acc_t<T>;
+  constexpr bool kScratch = !std::is_same_v<T, A>;
+  const Kernels<T>& kernel = kernels<T>();
+  int64_t pixels = 0, largest_band = 0;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    pixels += int64_t{problem.level[l].height} * problem.level[l].width;
+  }
+  const int64_t cells = int64_t{problem.out_height} * problem.out_width;
+  const int64_t workers =
+      workers_for(problem.channels * (pixels * problem.batch + 4 * cells * problem.boxes));
+  const Split parts = split<T>(problem, kernel.lanes, workers);
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    largest_band = std::max(largest_band, int64_t{parts.band[l]} * problem.level[l].width);
+  }
+  const int64_t tasks = parts.begin[problem.levels];
+  const int64_t boxes = cells == 0 ? 0 : problem.boxes;
+  // Float sums of 16-bit gradients live as long as a task, so they take all boxes at once.
+  const int64_t chunk = kScratch ? std::max<int64_t>(boxes, 1) : kPlanChunk;
+  int64_t first = 0;
+  do {
+    const int64_t end = std::min(boxes, first + chunk);
+    const PlanSet<A> set(problem, Purpose::kGradFeatures, first, end, kernel.lanes);
+    const int64_t table = (kernel.grad_features_scratch(problem, set, parts.block) + 15) / 16 * 16;
+    const int64_t plane = kScratch ? largest_band * parts.block : 0;
+    parallel_tasks(tasks, workers, [&](const auto& next) {
+      const Scratch memory(sizeof(A) * static_cast<size_t>(table + plane));
+      for (int64_t task = next(); task < tasks; task = next()) {
+        GradWork<A> work;
+        describe_task(problem, parts, task, work);
+        work.scratch = memory.template as<A>();
+        work.plane = memory.template as<A>() + table;
+        if (first == 0) kernel.clear(work);
+        for (const Group& group : set.groups()) {
+          if (group.level != work.level || group.image != work.image) continue;
+          work.plans = set.plans().data() + group.first;
+          work.count = group.end - group.first;
+          kernel.grad_features(work);
+        }
+        if (kScratch) kernel.convert(work);
+      }
+    });
+    first = end;
+  } while (first < boxes);
+}
+
+}  // namespace
+
+void cpu_grad_features(const Problem& problem) {
+  if (problem.channels == 0 || problem.batch == 0) return;
+  with_gradient_type(
+      problem.dtype, [&](auto type) { grad_features_typed<typename decltype(type)::type>(problem); });
+}
+
+}  // namespace glimpse

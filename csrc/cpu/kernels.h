@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/plan.h"
+#include "half.h"
+#include "problem.h"
+
+namespace glimpse {
+
+/// Channels and plans that one call of a kernel serves. kNchw: at most as many channels as a
+/// vector has lanes.
+template <class A>
+struct Work {
+  const Problem* problem;
+  const BoxPlan<A>* const* plans;
+  int64_t count;
+  int64_t channel, channels;
+  A* scratch;
+};
+
+/// The part of a feature gradient that one call owns: rows [first_row, end_row) of some channels
+/// of one image. All plans of the Work belong to that image and level.
+template <class A>
+struct GradWork : Work<A> {
+  int32_t level;
+  int64_t image;
+  int32_t first_row, end_row;
+  A* plane;  // float sums of 16-bit gradients: [channels, rows, width], [rows, width, channels]
+};
+
+/// Sums of one box over some channels: d / d origin and d / d step of the y and the x axis.
+struct BoxGradient {
+  double origin[2], step[2];
+};
+
+template <class A>
+struct BoxWork : Work<A> {
+  BoxGradient* sums;  // [count], added to
+};
+
+/// Kernels of one instruction set for the storage type T.
+template <class T>
+struct Kernels {
+  using A = acc_t<T>;
+  int32_t lanes;  // of a vector of A
+  /// Scratch that each kernel needs, in elements of A.
+  int64_t (*sample_scratch)(const Problem&, const PlanSet<A>&);
+  int64_t (*grad_features_scratch)(const Problem&, const PlanSet<A>&, int64_t channels);
+  int64_t (*grad_boxes_scratch)(const Problem&, const PlanSet<A>&);
+  void (*sample)(const Work<A>&);
+  void (*clear)(const GradWork<A>&);          // zeroes the owned part
+  void (*grad_features)(const GradWork<A>&);  // adds boxes to it
+  void (*convert)(const GradWork<A>&);        // stores float sums as 16 bits
+  void (*grad_boxes)(const BoxWork<A>&);
+};
+
+namespace baseline {
+template <class T>
+const Kernels<T>& kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+template <class T>
+const Kernels<T>& kernels();
+}
+namespace avx512 {
+template <class T>
+const Kernels<T>& kernels();
+}
+#endif
+
+/// The kernels of the instruction set in use. uint8_t has no gradient kernels.
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace glimpse
