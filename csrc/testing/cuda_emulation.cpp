@@ -108,7 +108,6 @@ class Fiber {
     mprotect(memory, page, PROT_NONE);
     fiber->bottom_ = static_cast<char*>(memory) + page;
     fiber->bytes_ = kStackBytes - page;
-    races::ignore_stack(fiber->bottom_, fiber->bytes_);
 #if defined(GLIMPSE_EMULATION_UCONTEXT)
     getcontext(&fiber->context_);
     fiber->context_.uc_stack.ss_sp = const_cast<void*>(fiber->bottom_);
@@ -126,6 +125,9 @@ class Fiber {
 #endif
     return fiber;
   }
+
+  const void* bottom() const { return bottom_; }
+  std::size_t bytes() const { return bytes_; }
 
   /// Stops here and continues `next`; returns when something continues this fiber.
   void switch_to(Fiber& next) {
@@ -462,7 +464,7 @@ class Engine {
     shared_.begin_launch(shared_bytes);
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     const BlockOrder order(blocks, seed, draw());
-    races::begin_launch();
+    const races::Launch watched;
     for (uint64_t i = 0; i < blocks; ++i) {
       const uint64_t index = order.at(i);
       races::now.block = static_cast<uint32_t>(index);
@@ -649,7 +651,6 @@ class Engine {
     shared_.begin_block(seed % 2 == 0 ? 0xff : 0xcd);
 
     start_or_continue(pop());
-    races::now.running = false;
 
     if (!failed_) {
       const std::string stuck = stuck_threads();
@@ -671,7 +672,6 @@ class Engine {
       for (unsigned i = 0; i < threads_; ++i) {
         if (thread_[i].fiber != nullptr) continue_thread(i);
       }
-      races::now.running = false;
       throw EmulationError(failure_);
     }
   }
@@ -722,7 +722,8 @@ class Engine {
     fiber_ = thread_[thread].fiber;
     races::now.thread = thread;
     races::now.warp_phase = warp_[thread / kWarp].phase;
-    races::now.running = true;
+    races::now.stack = fiber_->bottom();
+    races::now.stack_bytes = fiber_->bytes();
   }
 
   void start_or_continue(unsigned thread) {

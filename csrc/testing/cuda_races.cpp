@@ -19,6 +19,8 @@ Clock now;
 
 namespace {
 
+thread_local bool launching = false;
+
 constexpr uint32_t kNobody = ~0u;
 constexpr uint32_t kSeveral = ~0u - 1;  // reads only: several threads of one warp in one phase
 constexpr uint32_t kWarp = 32;
@@ -71,12 +73,8 @@ class Watch {
     shared_.assign(bytes, Cell{});
   }
 
-  void ignore_stack(const void* begin, std::size_t bytes) {
-    stacks_.emplace_back(address(begin), address(begin) + bytes);
-  }
-
   void access(const void* memory, std::size_t bytes, bool write, const void* code) {
-    if (!enabled || !now.running || !report_.empty()) return;
+    if (!enabled || !report_.empty()) return;
     const uintptr_t first = address(memory);
     if (first - shared_begin_ < shared_.size()) {
       for (std::size_t i = 0; i < bytes && first - shared_begin_ + i < shared_.size(); ++i) {
@@ -86,14 +84,7 @@ class Watch {
       }
       return;
     }
-    // Most accesses outside shared memory are to the thread's own stack.
-    if (first - last_stack_.first < last_stack_.second - last_stack_.first) return;
-    for (const auto& stack : stacks_) {
-      if (first - stack.first < stack.second - stack.first) {
-        last_stack_ = stack;
-        return;
-      }
-    }
+    if (first - address(now.stack) < now.stack_bytes) return;
     for (uintptr_t at = first / kGranule; at <= (first + bytes - 1) / kGranule; ++at) {
       Page* page = find_page(at / kPageCells, write);
       if (page == nullptr) continue;
@@ -194,8 +185,6 @@ class Watch {
 
   uintptr_t shared_begin_ = 0;
   std::vector<Cell> shared_;
-  std::vector<std::pair<uintptr_t, uintptr_t>> stacks_;
-  std::pair<uintptr_t, uintptr_t> last_stack_{0, 0};
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_page_number_ = ~uintptr_t{0};
   Page* last_page_ = nullptr;
@@ -211,11 +200,14 @@ Watch& watch() {
 
 }  // namespace
 
-void begin_launch() { watch().begin_launch(); }
+Launch::Launch() {
+  watch().begin_launch();
+  launching = true;
+}
+
+Launch::~Launch() { launching = false; }
 
 void watch_shared(const void* begin, std::size_t bytes) { watch().watch_shared(begin, bytes); }
-
-void ignore_stack(const void* begin, std::size_t bytes) { watch().ignore_stack(begin, bytes); }
 
 void access(const void* memory, std::size_t bytes, bool write) {
   watch().access(memory, bytes, write, nullptr);
@@ -232,10 +224,8 @@ bool enable(bool on) { return std::exchange(watch().enabled, on && kCompiledIn);
 // What gcc and clang call under -fsanitize=thread.
 namespace {
 void note(const void* memory, std::size_t bytes, bool write, const void* code) {
-  // Nothing is looked up while the host side of the instrumented sources runs.
-  if (glimpse::emulation::races::now.running) {
-    glimpse::emulation::races::watch().access(memory, bytes, write, code);
-  }
+  using namespace glimpse::emulation::races;
+  if (launching) watch().access(memory, bytes, write, code);
 }
 }  // namespace
 

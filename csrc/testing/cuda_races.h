@@ -29,23 +29,28 @@ constexpr bool kCompiledIn = true;
 constexpr bool kCompiledIn = false;
 #endif
 
-/// When the running thread is. The engine keeps it up to date.
+/// When the running CUDA thread is. The engine keeps it up to date.
 struct Clock {
-  bool running = false;  // a thread of a kernel runs
   uint32_t launch = 0;
   uint32_t block = 0;
   uint32_t thread = 0;
-  uint32_t block_phase = 0;  // counts __syncthreads; never the same in two blocks
-  uint32_t warp_phase = 0;   // counts __syncwarp of this warp
+  uint32_t block_phase = 0;     // counts __syncthreads; never the same in two blocks
+  uint32_t warp_phase = 0;      // counts __syncwarp of this warp
+  const void* stack = nullptr;  // the thread's own
+  std::size_t stack_bytes = 0;
 };
 extern Clock now;
 
-/// What happened before does not race with what comes.
-void begin_launch();
+/// While one exists, accesses of this thread of the host are those of CUDA threads. What happened
+/// before does not race with them.
+class Launch {
+ public:
+  Launch();
+  ~Launch();
+};
 
-/// Memory that the block shares. Stacks of fibers are a thread's own.
+/// Where the memory that the block shares is.
 void watch_shared(const void* begin, std::size_t bytes);
-void ignore_stack(const void* begin, std::size_t bytes);
 
 void access(const void* memory, std::size_t bytes, bool write);
 

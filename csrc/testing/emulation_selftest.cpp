@@ -181,7 +181,7 @@ __global__ void pipeline_kernel(const float* input, int tiles, float* output) {
     sum += buffer[tile % 2][127 - t];
     __syncthreads();
   }
-  output[t] = sum;
+  output[blockIdx.x * blockDim.x + t] = sum;
 }
 
 void pipelined_copies() {
@@ -189,12 +189,12 @@ void pipelined_copies() {
   alignas(16) float input[kTiles * 128];
   for (int i = 0; i < kTiles * 128; ++i) input[i] = static_cast<float>(i * 7 % 101);
   for_each_seed([&](uint64_t) {
-    std::vector<float> output(128);
+    std::vector<float> output(3 * 128);
     launch(pipeline_kernel, 3, 128, 0, nullptr, input, kTiles, output.data());
-    for (int t = 0; t < 128; ++t) {
+    for (int i = 0; i < 3 * 128; ++i) {
       float expected = 0;
-      for (int tile = 0; tile < kTiles; ++tile) expected += input[tile * 128 + 127 - t];
-      check(output[t] == expected, "thread " + std::to_string(t));
+      for (int tile = 0; tile < kTiles; ++tile) expected += input[tile * 128 + 127 - i % 128];
+      check(output[i] == expected, "thread " + std::to_string(i));
     }
   });
 }

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/backend.h"
+
+#include "cuda/kernels.h"
+
+namespace glimpse {
+
+#if defined(GLIMPSE_EMULATED)
+const Backend& emulated_backend() {
+  constexpr const char* kName = "emulated";
+#else
+const Backend& cuda_backend() {
+  constexpr const char* kName = "cuda";
+#endif
+  static const Backend backend = {
+      kName,           false, cuda::grad_features_workspace, cuda::sample, cuda::grad_features,
+      cuda::grad_boxes};
+  return backend;
+}
+
+}  // namespace glimpse

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/grad_features.cuh"
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "cuda/kernels.h"
+
+namespace glimpse::cuda {
+
+namespace {
+
+constexpr int64_t kMostBlocks = 2147483647;
+constexpr int64_t kMostCellsX = 1024;  // weights of one box along x must fit in a block
+constexpr int64_t kMostCells = int64_t{1} << 30;
+constexpr size_t kWeightBytes = 16 * 1024;  // aimed at; 2 to 3 blocks then share a multiprocessor
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Blocks over `items`, one thread each; kernels loop where that is not enough.
+dim3 blocks_of_256(int64_t items) {
+  const int64_t blocks = ceil_div(items, 256);
+  return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
+}
+
+template <class Tile>
+GatherPlan plan_gather(const Problem& problem, int64_t* blocks) {
+  GatherPlan plan = {};
+  plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
+  int64_t tiles = 0;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    plan.first_tile[l] = tiles;
+    plan.tiles_y[l] = static_cast<int32_t>(ceil_div(problem.level[l].height, Tile::kRows));
+    plan.tiles_x[l] = static_cast<int32_t>(ceil_div(problem.level[l].width, Tile::kColumns));
+    tiles += problem.batch * plan.tiles_y[l] * plan.tiles_x[l];
+  }
+  *blocks = tiles * plan.slices;
+
+  // A group of lanes has a lane for each cell, if it can.
+  const int32_t cells =
+      problem.out_height > problem.out_width ? problem.out_height : problem.out_width;
+  plan.group_shift = cells <= 8 ? 3 : cells <= 16 ? 4 : 5;
+  // Half of the groups of the block build along y and half along x, once.
+  plan.slots = kGatherThreads / 2 >> plan.group_shift;
+  plan.cells_y = problem.out_height;
+  const int32_t groups = 32 >> plan.group_shift;
+  while (plan.slots > groups &&
+         TileWeights<Tile>::bytes(plan.slots, plan.cells_y, problem.out_width) > kWeightBytes) {
+    plan.slots /= 2;
+  }
+  if (plan.slots == 1 && plan.cells_y > 32) {
+    const size_t fixed = TileWeights<Tile>::bytes(1, 0, problem.out_width);
+    const size_t row = TileWeights<Tile>::bytes(1, 1, problem.out_width) - fixed;
+    const size_t fit = fixed < kWeightBytes ? (kWeightBytes - fixed) / row : 0;
+    const int32_t rows = fit > 32 ? static_cast<int32_t>(fit) : 32;
+    if (rows < plan.cells_y) plan.cells_y = rows;
+  }
+  return plan;
+}
+
+template <class Tile, class Kernel>
+void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, size_t least_bytes) {
+  int64_t blocks = 0;
+  GatherPlan plan = plan_gather<Tile>(problem, &blocks);
+  size_t bytes =
+      stage_bytes + TileWeights<Tile>::bytes(plan.slots, plan.cells_y, problem.out_width);
+  if (bytes < least_bytes) bytes = least_bytes;
+  for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
+    const int64_t left = blocks - plan.first_block;
+    launch(kernel, dim3(static_cast<unsigned>(left < kMostBlocks ? left : kMostBlocks)),
+           kGatherThreads, bytes, static_cast<Stream>(problem.stream), problem, plan);
+  }
+}
+
+template <class T, class Tile>
+void launch_nhwc(const Problem& problem) {
+  launch_gather<Tile>(problem, gather_nhwc_kernel<T, Tile>, 0, 0);
+}
+
+template <class Tile>
+void launch_nchw(const Problem& problem) {
+  launch_gather<Tile>(problem, gather_nchw_kernel<Tile>, Stage<Tile>::kBytes,
+                      Stage<Tile>::kTurnBytes);
+}
+
+bool aligned_to_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+/// Whether every pixel of every map, and every cell, starts on 16 bytes that hold `count` channels.
+bool packs(const Problem& problem, int64_t count) {
+  if (problem.channels % count != 0 || !aligned_to_16(problem.pooled)) return false;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    const Level& level = problem.level[l];
+    if (level.stride_c != 1 || level.stride_n % count != 0 || level.stride_h % count != 0 ||
+        level.stride_w % count != 0 || !aligned_to_16(level.data)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// 32 sums a lane: 8 columns of 4 channels, or 4 columns of 8 channels.
+using TileOfFloat = Tile<float, 1, 8, 4, 3>;
+using TileOf16Bit = Tile<float, 1, 4, 8, 3>;
+// Channels one by one, where they do not come in packs.
+template <class Number>
+using TileOfOdd = Tile<Number, 1, 8, 1, sizeof(Number) == 8 ? 2 : 3>;
+// 2 rows of 16 columns in each lane, and for double 1 row of 16.
+using TileNchwFloat = Tile<float, 2, 16, 1, 3>;
+using TileNchwDouble = Tile<double, 1, 8, 1, 2>;
+
+template <class T>
+void launch_odd(const Problem& problem) {
+  launch_nhwc<T, TileOfOdd<acc_t<T>>>(problem);
+}
+
+void gather_nhwc(const Problem& problem) {
+  switch (problem.dtype) {
+    case Dtype::kFloat32:
+      return packs(problem, 4) ? launch_nhwc<float, TileOfFloat>(problem)
+                               : launch_odd<float>(problem);
+    case Dtype::kFloat16:
+      return packs(problem, 8) ? launch_nhwc<half, TileOf16Bit>(problem)
+                               : launch_odd<half>(problem);
+    case Dtype::kBFloat16:
+      return packs(problem, 8) ? launch_nhwc<bfloat16, TileOf16Bit>(problem)
+                               : launch_odd<bfloat16>(problem);
+    default:
+      return launch_odd<double>(problem);
+  }
+}
+
+void gather_nchw(const Problem& problem) {
+  if (problem.dtype == Dtype::kFloat64) {
+    launch_nchw<TileNchwDouble>(problem);
+  } else {
+    launch_nchw<TileNchwFloat>(problem);
+  }
+}
+
+template <class Number>
+void gather_simple(const Problem& problem) {
+  int64_t most = 0;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    const Level& level = problem.level[l];
+    const int64_t elements = problem.batch * problem.channels * level.height * level.width;
+    if (elements > most) most = elements;
+  }
+  launch(gather_simple_kernel<Number>, blocks_of_256(most), 256, 0,
+         static_cast<Stream>(problem.stream), problem);
+}
+
+}  // namespace
+
+size_t grad_features_workspace(const Problem& problem) { return Footprints::bytes(problem); }
+
+void grad_features(const Problem& problem) {
+  if (problem.dtype == Dtype::kUInt8) {
+    throw std::invalid_argument("glimpse_ext: integer features have no gradient");
+  }
+  const bool wide = problem.dtype == Dtype::kFloat64;
+  launch(wide ? footprint_kernel<double> : footprint_kernel<float>, blocks_of_256(problem.boxes),
+         256, 0, static_cast<Stream>(problem.stream), problem);
+  if (problem.out_width > kMostCellsX ||
+      int64_t{problem.out_height} * problem.out_width > kMostCells) {
+    return wide ? gather_simple<double>(problem) : gather_simple<float>(problem);
+  }
+  if (problem.layout == Layout::kNhwc) return gather_nhwc(problem);
+  gather_nchw(problem);
+}
+
+}  // namespace glimpse::cuda

@@ -1,0 +1,850 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/device.cuh"
+#include "cuda/pack.cuh"
+#include "problem.h"
+
+namespace glimpse::cuda {
+
+// Note [Gather backward]
+// grad[y, x] = sum over boxes k, cells i, j of  Wy_k[i, y] * Wx_k[j, x] * pooled_grad_k[i, j].
+// Writing that box by box would make boxes meet in memory. Here blocks own pixels instead: a block
+// keeps the sums of one tile in registers, looks up which boxes reach the tile, and adds them. Each
+// element is stored once, zeros included: no atomics, no memset, no read of the result.
+//
+// Order of additions of an element: boxes ascending, then cell rows ascending, then cell columns
+// ascending, one term  Wx * (Wy * pooled_grad)  at a time, skipping terms with a weight of zero.
+// Nothing else decides it: not the tile, not the block, not the other boxes. Weights are the merged
+// weights of build_row, bit for bit, because samples that miss the tile add nothing to it.
+
+// ------------------------------------------------------------------------------- what boxes reach
+
+/// Inclusive pixel rectangle, conservative: every pixel that a box reads lies inside.
+struct alignas(16) Footprint {
+  int32_t first_y, last_y, first_x, last_x;
+};
+
+/// What the first kernel leaves for the second: 24 bytes a box, in Problem::workspace.
+struct Footprints {
+  Footprint* area;
+  int64_t* map;  // image * levels + level; -1: the box reads nothing, and its area is undefined
+
+  GLIMPSE_HD explicit Footprints(const Problem& problem)
+      : area(static_cast<Footprint*>(problem.workspace)),
+        map(reinterpret_cast<int64_t*>(area + problem.boxes)) {}
+
+  GLIMPSE_HD static size_t bytes(const Problem& problem) {
+    return static_cast<size_t>(problem.boxes) * (sizeof(Footprint) + sizeof(int64_t));
+  }
+};
+
+/// First and last pixel that an axis can read; false if there is none. Positions are monotone in
+/// cell and sample, so the two outermost samples bound all others. If either is NaN then no
+/// position of the axis is finite.
+template <class T>
+GLIMPSE_HD bool axis_reach(const Operator& op, const BoxAxis<T>& line, int32_t* first,
+                           int32_t* last) {
+  if (line.size <= 0 || line.cells <= 0 || line.axis.samples <= 0) return false;
+  const T begin = line.axis.position(0, 0);
+  const T end = line.axis.position(line.cells - 1, line.axis.samples - 1);
+  const T low = begin < end ? begin : end;
+  const T high = begin < end ? end : begin;
+  const T reach_low = op.reach_low<T>(0);
+  const T reach_high = op.reach_high<T>(line.size - 1, line.size);
+  if (!(low <= reach_high && high >= reach_low)) return false;
+  const Taps<T> lowest = op.taps(low > reach_low ? low : reach_low, line.size);
+  const Taps<T> highest = op.taps(high < reach_high ? high : reach_high, line.size);
+  *first = lowest.count > 0 ? lowest.pixel[0] : 0;
+  *last = highest.count == 2   ? highest.pixel[1]
+          : highest.count == 1 ? highest.pixel[0]
+                               : line.size - 1;
+  return true;
+}
+
+/// One thread: the footprint of one box.
+template <class Number>
+__global__ void __launch_bounds__(256) footprint_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
+  const Footprints footprints(problem);
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; k < problem.boxes; k += stride) {
+    const Box<Number> box = read_box<Number>(problem, k);
+    int64_t map = -1;
+    if (box.level >= 0) {
+      Footprint area;
+      if (axis_reach(problem.op, box_axis(problem, box, kY), &area.first_y, &area.last_y) &&
+          axis_reach(problem.op, box_axis(problem, box, kX), &area.first_x, &area.last_x)) {
+        map = box.image * problem.levels + box.level;
+        footprints.area[k] = area;
+      }
+    }
+    footprints.map[k] = map;
+  }
+}
+
+/// Box k on a level that is known already, from its footprint.
+template <class Number>
+__device__ __forceinline__ Box<Number> box_on_level(const Problem& problem, int64_t k,
+                                                    int64_t image, int32_t level) {
+  const int64_t edges = k * problem.box_columns + problem.box_columns - 4;
+  Box<Number> box;
+  box.image = image;
+  box.level = level;
+  box.edges = static_cast<const Number*>(problem.box) + edges;
+  box.tangent =
+      problem.tangent == nullptr ? nullptr : static_cast<const Number*>(problem.tangent) + edges;
+  return box;
+}
+
+// ------------------------------------------------------------------------------ storage by number
+
+/// Element `i` of an array of the problem's dtype. The kernels below that are not bound by loads of
+/// such elements take the dtype as a number, so that they are compiled once per kind of sum.
+template <class Number>
+__device__ __forceinline__ Number load_element(Dtype dtype, const void* data, int64_t i) {
+  if constexpr (sizeof(Number) == sizeof(double)) {
+    return static_cast<const double*>(data)[i];
+  } else {
+    if (dtype == Dtype::kFloat32) return load_value(static_cast<const float*>(data)[i]);
+    if (dtype == Dtype::kFloat16) return load_value(static_cast<const half*>(data)[i]);
+    return load_value(static_cast<const bfloat16*>(data)[i]);
+  }
+}
+
+template <class Number>
+__device__ __forceinline__ void store_element(Dtype dtype, void* data, int64_t i, Number value) {
+  if constexpr (sizeof(Number) == sizeof(double)) {
+    static_cast<double*>(data)[i] = value;
+  } else {
+    if (dtype == Dtype::kFloat32) {
+      static_cast<float*>(data)[i] = value;
+    } else if (dtype == Dtype::kFloat16) {
+      static_cast<half*>(data)[i] = Store<half>::from(value);
+    } else {
+      static_cast<bfloat16*>(data)[i] = Store<bfloat16>::from(value);
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------- tiles of a map
+
+constexpr int32_t kGatherWarps = 8;
+constexpr int32_t kGatherThreads = 32 * kGatherWarps;
+constexpr int32_t kQuad = 4;  // pixels whose weights are read at once
+
+/// What a block owns: kWarpRows rows of kColumns pixels in each warp, kVector channels in each
+/// lane. kBlocks blocks shall share a multiprocessor, which bounds the registers.
+template <class NumberT, int32_t kWarpRowsV, int32_t kColumnsV, int32_t kVectorV, int32_t kBlocksV>
+struct Tile {
+  using Number = NumberT;
+  static constexpr int32_t kWarpRows = kWarpRowsV;
+  static constexpr int32_t kRows = kGatherWarps * kWarpRows;
+  static constexpr int32_t kColumns = kColumnsV;
+  static constexpr int32_t kQuads = kColumns / kQuad;
+  static constexpr int32_t kVector = kVectorV;
+  static constexpr int32_t kChannels = 32 * kVector;
+  static constexpr int32_t kBlocks = kBlocksV;
+};
+
+/// How the tiles of all levels and images share one grid, and how much of a box a block holds.
+/// Made at launch, from sizes alone.
+struct GatherPlan {
+  int64_t first_block;             // of this launch
+  int64_t first_tile[kMaxLevels];  // of each level
+  int32_t tiles_y[kMaxLevels], tiles_x[kMaxLevels];
+  int32_t slices;       // of channels
+  int32_t group_shift;  // 1 << group_shift lanes build one direction of one box
+  int32_t slots;        // boxes whose weights are held at once, a multiple of the groups of a warp
+  int32_t cells_y;      // rows of cells held at once; all of them where slots > 1
+};
+
+/// Quotient and remainder. Nearly all indices fit in 32 bits, where dividing is 4 times cheaper.
+__device__ __forceinline__ int64_t split(int64_t index, int32_t by, int32_t* remainder) {
+  if (index >> 32 == 0) {
+    const uint32_t quotient = static_cast<uint32_t>(index) / static_cast<uint32_t>(by);
+    *remainder = static_cast<int32_t>(static_cast<uint32_t>(index) - quotient * by);
+    return quotient;
+  }
+  *remainder = static_cast<int32_t>(index % by);
+  return index / by;
+}
+
+/// Which tile this block owns. Kept in shared memory: held in registers all the time it would cost
+/// those that the sums need.
+struct TilePlace {
+  int64_t image;
+  int32_t level;
+  int32_t slice;  // of channels
+  int32_t y, x;   // of the first pixel
+};
+
+/// By one thread.
+template <class Tile>
+__device__ __forceinline__ TilePlace place_of_block(const Problem& problem,
+                                                    const GatherPlan& plan) {
+  TilePlace place;
+  int32_t tile_y, tile_x;
+  int64_t tile = split(plan.first_block + blockIdx.x, plan.slices, &place.slice);
+  place.level = 0;
+  for (int32_t i = 1; i < problem.levels; ++i) {
+    if (tile >= plan.first_tile[i]) place.level = i;
+  }
+  tile = split(tile - plan.first_tile[place.level], plan.tiles_x[place.level], &tile_x);
+  place.image = split(tile, plan.tiles_y[place.level], &tile_y);
+  place.y = tile_y * Tile::kRows;
+  place.x = tile_x * Tile::kColumns;
+  return place;
+}
+
+// ------------------------------------------------------------------------------- boxes of a tile
+
+constexpr int32_t kScan = 4;  // boxes that a thread looks at before the block agrees on a list
+constexpr int32_t kChunk = kScan * kGatherThreads;
+
+/// Boxes of a chunk that reach the tile, ascending; in shared memory.
+struct BoxList {
+  int32_t size;
+  int32_t warp_total[kGatherWarps];
+  uint16_t offset[kChunk];  // box = chunk + offset
+};
+
+/// Lists the boxes chunk .. chunk + kChunk - 1 that reach the tile. All threads of the block call
+/// it; barriers inside.
+template <class Tile>
+__device__ __forceinline__ void list_boxes(const Problem& problem, const TilePlace& place,
+                                           int64_t chunk, BoxList* list) {
+  const Footprints footprints(problem);
+  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t own_map = place.image * problem.levels + place.level;
+  const int32_t first = warp * 32 * kScan + lane;  // a warp looks at neighbours
+  bool hit[kScan];
+  GLIMPSE_UNROLL
+  for (int32_t i = 0; i < kScan; ++i) {
+    const int64_t k = chunk + first + i * 32;
+    hit[i] = k < problem.boxes && load_readonly(footprints.map + k) == own_map;
+  }
+  uint32_t hits[kScan];
+  int32_t total = 0;
+  GLIMPSE_UNROLL
+  for (int32_t i = 0; i < kScan; ++i) {
+    if (hit[i]) {
+      const int64_t k = chunk + first + i * 32;
+      const int4 area = load_readonly(reinterpret_cast<const int4*>(footprints.area + k));
+      // Differences, because the end of a tile may lie beyond the largest int32.
+      hit[i] = area.y >= place.y && area.x - place.y < Tile::kRows && area.w >= place.x &&
+               area.z - place.x < Tile::kColumns;
+    }
+    hits[i] = __ballot_sync(kFullWarp, hit[i]);
+    total += __popc(hits[i]);
+  }
+  if (lane == 0) list->warp_total[warp] = total;
+  __syncthreads();
+  int32_t before = 0, all = 0;
+  GLIMPSE_UNROLL
+  for (int32_t i = 0; i < kGatherWarps; ++i) {
+    if (i == warp) before = all;
+    all += list->warp_total[i];
+  }
+  GLIMPSE_UNROLL
+  for (int32_t i = 0; i < kScan; ++i) {
+    if (hit[i]) {
+      const uint32_t lower_lanes = (1u << lane) - 1;
+      list->offset[before + __popc(hits[i] & lower_lanes)] = static_cast<uint16_t>(first + i * 32);
+    }
+    before += __popc(hits[i]);
+  }
+  if (threadIdx.x == 0) list->size = all;
+  __syncthreads();
+}
+
+// ---------------------------------------------------------------------------- weights of a tile
+
+/// Weights of four neighbouring pixels.
+template <class Number>
+struct alignas(16) Quad {
+  Number weight[kQuad];
+};
+
+/// Cells first <= i < end, or none.
+struct alignas(8) Cells {
+  int32_t first, end;
+};
+
+/// Weights of a batch of boxes at the rows and columns of a tile, in shared memory. Only the cells
+/// of a strip (the rows of a warp, a quad of columns) need to be visited for it. These cells are
+/// neighbours, because positions are monotone; that is why two numbers describe them.
+template <class Tile>
+struct TileWeights {
+  using Number = typename Tile::Number;
+  using NumberQuad = Quad<Number>;
+  static constexpr int32_t kRowQuads = Tile::kRows / kQuad;
+  /// Of a cell. The same in both directions, so that building them is the same code.
+  static constexpr int32_t kCellQuads = kRowQuads > Tile::kQuads ? kRowQuads : Tile::kQuads;
+  static constexpr int32_t kRanges = kGatherWarps + 1 + Tile::kQuads + 1;
+
+  NumberQuad* y;  // [slots][cells_y][kCellQuads]
+  NumberQuad* x;  // [slots][out_width][kCellQuads]
+  Cells* range;   // [slots][kRanges]: each strip of y, all rows, each quad of x, all columns
+
+  __device__ __forceinline__ TileWeights(const Problem& problem, const GatherPlan& plan,
+                                         char* shared) {
+    y = reinterpret_cast<NumberQuad*>(shared);
+    x = y + plan.slots * plan.cells_y * kCellQuads;
+    range = reinterpret_cast<Cells*>(x + plan.slots * problem.out_width * kCellQuads);
+  }
+  static size_t bytes(int64_t slots, int64_t cells_y, int64_t cells_x) {
+    const int64_t cell = kCellQuads * sizeof(NumberQuad);
+    const int64_t slot = (cells_y + cells_x) * cell + kRanges * sizeof(Cells);
+    return static_cast<size_t>((slots * slot + 15) / 16 * 16);
+  }
+
+  __device__ __forceinline__ Cells rows_of_warp(int32_t slot, int32_t warp) const {
+    return range[slot * kRanges + warp];
+  }
+  __device__ __forceinline__ Cells rows_of_tile(int32_t slot) const {
+    return range[slot * kRanges + kGatherWarps];
+  }
+  __device__ __forceinline__ Cells columns_of_quad(int32_t slot, int32_t quad) const {
+    return range[slot * kRanges + kGatherWarps + 1 + quad];
+  }
+  __device__ __forceinline__ Cells columns_of_tile(int32_t slot) const {
+    return range[slot * kRanges + kGatherWarps + 1 + Tile::kQuads];
+  }
+};
+
+/// Extends `cells` by the set bits of `mask`, of which there are some; bit 0 is the cell `base`.
+__device__ __forceinline__ void extend(Cells* cells, uint32_t mask, int32_t base) {
+  const int32_t lowest = __ffs(static_cast<int32_t>(mask)) - 1;
+  for (int32_t distance = 1; distance < 32; distance *= 2) mask |= mask >> distance;
+  const int32_t highest = __popc(mask) - 1;
+  if (cells->first >= cells->end) cells->first = base + lowest;
+  cells->end = base + highest + 1;
+}
+
+/// Some of the boxes that reach the tile, with their weights in shared memory.
+struct Batch {
+  int64_t chunk;
+  const uint16_t* offset;  // box of a slot = chunk + offset[slot]
+  int32_t count;
+  int32_t first_y;  // weights along y begin with this cell
+
+  __device__ __forceinline__ int64_t box(int32_t slot) const { return chunk + offset[slot]; }
+};
+
+/// The axis of a box as a tile sees it.
+template <class Number>
+struct TileLine {
+  BoxAxis<Number> line;
+  Number factor;          // of all weights
+  int32_t first, pixels;  // that the tile owns
+};
+
+/// Builds the weights of a batch, along y from cell batch.first_y on; those along x only with the
+/// first ones. A group of lanes takes one direction of one box, a lane one cell: it walks the
+/// samples of its cell that can touch the tile and adds their taps to its own row of weights.
+template <class Tile>
+__device__ __forceinline__ void build_weights(const Problem& problem, const GatherPlan& plan,
+                                              const TilePlace& place, const Batch& batch,
+                                              const TileWeights<Tile>& weights) {
+  using Number = typename Tile::Number;
+  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int32_t group = 1 << plan.group_shift;
+  const int32_t member = lane & (group - 1);
+  const int32_t groups = 32 >> plan.group_shift;
+  // Groups of y come first, those of x follow; there are at least as many groups as directions of
+  // boxes. A warp has one direction only, so everything but the samples is uniform in it.
+  const int32_t task = warp * groups;
+  if (task >= (batch.first_y == 0 ? 2 * plan.slots : plan.slots)) return;
+  const int32_t direction = task < plan.slots ? kY : kX;
+  const int32_t slot = (direction == kY ? task : task - plan.slots) + (lane >> plan.group_shift);
+  const int32_t first_cell = direction == kY ? batch.first_y : 0;
+  const int32_t stride = direction == kY ? plan.cells_y : problem.out_width;  // cells of a slot
+  const int32_t left = direction == kY ? problem.out_height - batch.first_y : problem.out_width;
+  const int32_t cells = left < stride ? left : stride;
+  const int32_t strips = direction == kY ? kGatherWarps : Tile::kQuads;
+  const int32_t strip_pixels = direction == kY ? Tile::kWarpRows : kQuad;
+  const uint32_t strip_mask = (1u << strip_pixels) - 1;
+  constexpr int32_t kQuads = TileWeights<Tile>::kCellQuads;
+  Quad<Number>* table = (direction == kY ? weights.y : weights.x) + slot * stride * kQuads;
+  Cells* ranges =
+      weights.range + slot * TileWeights<Tile>::kRanges + (direction == kY ? 0 : kGatherWarps + 1);
+
+  // What a group needs all the time stays in shared memory, because the sums need the registers.
+  GLIMPSE_SHARED(TileLine<Number>, lines, [kGatherThreads / 8]);
+  TileLine<Number>& own = lines[threadIdx.x >> plan.group_shift];
+  if (slot < batch.count && member == 0) {
+    const Box<Number> box =
+        box_on_level<Number>(problem, batch.box(slot), place.image, place.level);
+    own.line = box_axis(problem, box, direction);
+    own.factor = sample_factor(own.line.axis);
+    own.first = direction == kY ? place.y : place.x;
+    const int32_t pixels = own.line.size - own.first;
+    const int32_t owned = direction == kY ? Tile::kRows : Tile::kColumns;
+    own.pixels = pixels < owned ? pixels : owned;
+    ranges[strips] = {0, 0};
+  }
+  if (slot < batch.count && member < strips) ranges[member] = {0, 0};
+  __syncwarp();
+  for (int32_t base = 0; base < cells; base += group) {
+    const int32_t cell = base + member;
+    uint32_t touched = 0;  // bit i: the cell reads pixel i of the tile
+    if (slot < batch.count && cell < cells) {
+      Quad<Number>* quad = table + cell * kQuads;
+      auto* weight_of = reinterpret_cast<Number*>(quad);
+      GLIMPSE_UNROLL
+      for (int32_t i = 0; i < kQuads; ++i) quad[i] = Quad<Number>{};
+      for_each_tap(problem.op, own.line.axis, first_cell + cell, own.first,
+                   own.first + own.pixels - 1, own.line.size,
+                   [&](int32_t pixel, Number weight, Number slope, Number progress) {
+                     const int32_t i = pixel - own.first;
+                     if (static_cast<uint32_t>(i) < static_cast<uint32_t>(own.pixels)) {
+                       weight_of[i] += own.line.weighting(weight, slope, progress);
+                     }
+                   });
+      GLIMPSE_UNROLL
+      for (int32_t i = 0; i < kQuads; ++i) {
+        Quad<Number> scaled = quad[i];
+        GLIMPSE_UNROLL
+        for (int32_t j = 0; j < kQuad; ++j) {
+          scaled.weight[j] *= own.factor;
+          touched |= static_cast<uint32_t>(scaled.weight[j] != 0) << (i * kQuad + j);
+        }
+        quad[i] = scaled;
+      }
+    }
+    // Lane i of a group keeps the range of strip i, and lane 0 that of the tile.
+    const int32_t group_base = lane - member;
+    const uint32_t group_mask = kFullWarp >> (32 - group);
+    const uint32_t tile_cells = __ballot_sync(kFullWarp, touched != 0) >> group_base & group_mask;
+    uint32_t strip_cells = 0;
+    GLIMPSE_UNROLL
+    for (int32_t strip = 0; strip < kGatherWarps; ++strip) {
+      const uint32_t pixels = touched >> (strip * strip_pixels) & strip_mask;
+      const uint32_t reading = __ballot_sync(kFullWarp, pixels != 0);
+      if (member == strip) strip_cells = reading >> group_base & group_mask;
+    }
+    if (strip_cells != 0) extend(&ranges[member], strip_cells, first_cell + base);
+    if (member == 0 && tile_cells != 0) extend(&ranges[strips], tile_cells, first_cell + base);
+  }
+}
+
+// ---------------------------------------------------------------------------------- the sums
+
+/// The sums of a lane. Indexed by constants only, so that they stay in registers.
+template <class Tile>
+struct TileSums {
+  using Number = typename Tile::Number;
+  Number value[Tile::kWarpRows][Tile::kColumns][Tile::kVector];
+
+  __device__ __forceinline__ void clear() {
+    GLIMPSE_UNROLL
+    for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
+      GLIMPSE_UNROLL
+      for (int32_t j = 0; j < Tile::kColumns; ++j) {
+        GLIMPSE_UNROLL
+        for (int32_t v = 0; v < Tile::kVector; ++v) value[i][j][v] = 0;
+      }
+    }
+  }
+
+  /// Adds one cell: its pooled gradient times its weights. `quad` are its weights along x, `reads`
+  /// the cells of each quad. Pixels that the cell does not read stay as they are even where the
+  /// gradient is infinite or NaN.
+  __device__ __forceinline__ void add(const Number (&grad)[Tile::kVector],
+                                      const Number (&weight_y)[Tile::kWarpRows],
+                                      const Quad<Number>* quad, int32_t cell,
+                                      const Cells (&reads)[Tile::kQuads]) {
+    Number product[Tile::kWarpRows][Tile::kVector];
+    GLIMPSE_UNROLL
+    for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
+      GLIMPSE_UNROLL
+      for (int32_t v = 0; v < Tile::kVector; ++v) {
+        product[i][v] = weight_y[i] * grad[v];
+        // A warp of one row skips the cells that its row does not read.
+        if (Tile::kWarpRows > 1 && weight_y[i] == 0) product[i][v] = 0;
+      }
+    }
+    GLIMPSE_UNROLL
+    for (int32_t q = 0; q < Tile::kQuads; ++q) {
+      if (Tile::kQuads == 1 || (cell >= reads[q].first && cell < reads[q].end)) {
+        const Quad<Number> weights = quad[q];
+        GLIMPSE_UNROLL
+        for (int32_t j = 0; j < kQuad; ++j) {
+          if (weights.weight[j] != 0) {
+            GLIMPSE_UNROLL
+            for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
+              GLIMPSE_UNROLL
+              for (int32_t v = 0; v < Tile::kVector; ++v) {
+                value[i][q * kQuad + j][v] += weights.weight[j] * product[i][v];
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+/// Calls add(batch) until every box that reaches the tile has been in a batch, in order. A box
+/// whose rows of cells do not all fit at once has several batches for itself.
+template <class Tile, class Add>
+__device__ __forceinline__ void for_each_batch(const Problem& problem, const GatherPlan& plan,
+                                               const TilePlace& place,
+                                               const TileWeights<Tile>& weights, const Add& add) {
+  GLIMPSE_SHARED(BoxList, list, );
+  for (int64_t chunk = 0; chunk < problem.boxes; chunk += kChunk) {
+    list_boxes<Tile>(problem, place, chunk, &list);
+    for (int32_t begin = 0; begin < list.size; begin += plan.slots) {
+      const int32_t left = list.size - begin;
+      const int32_t count = left < plan.slots ? left : plan.slots;
+      for (int32_t first_y = 0; first_y < problem.out_height; first_y += plan.cells_y) {
+        const Batch batch = {chunk, list.offset + begin, count, first_y};
+        build_weights(problem, plan, place, batch, weights);
+        __syncthreads();
+        add(batch);
+        __syncthreads();  // before the next weights take the place of these
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------ channels innermost
+
+/// Adds a batch to the row of pixels of this warp. Of every cell that the row reads, a lane loads
+/// the pooled gradient of its channels in one piece, one cell ahead of the sums.
+template <class T, class Tile>
+__device__ __forceinline__ void add_batch_nhwc(const Problem& problem, const GatherPlan& plan,
+                                               const TileWeights<Tile>& weights, const Batch& batch,
+                                               int64_t channel, TileSums<Tile>& sums) {
+  using Number = typename Tile::Number;
+  using GradPack = Pack<T, Tile::kVector>;
+  constexpr int32_t kCellQuads = TileWeights<Tile>::kCellQuads;
+  const int32_t warp = threadIdx.x >> 5;
+  const bool active = channel < problem.channels;
+  for (int32_t slot = 0; slot < batch.count; ++slot) {
+    const Cells rows = weights.rows_of_warp(slot, warp);
+    const Cells columns = weights.columns_of_tile(slot);
+    if (rows.first >= rows.end || columns.first >= columns.end) continue;
+    Cells reads[Tile::kQuads];
+    GLIMPSE_UNROLL
+    for (int32_t q = 0; q < Tile::kQuads; ++q) reads[q] = weights.columns_of_quad(slot, q);
+
+    const int64_t cell =
+        (batch.box(slot) * problem.out_height + rows.first) * problem.out_width + columns.first;
+    const T* grad_row = static_cast<const T*>(problem.pooled) + cell * problem.channels + channel;
+    const Quad<Number>* weight_y =
+        weights.y + (slot * plan.cells_y + rows.first - batch.first_y) * kCellQuads;
+    for (int32_t cell_y = rows.first; cell_y < rows.end; ++cell_y) {
+      const Number row_weight[1] = {reinterpret_cast<const Number*>(weight_y)[warp]};
+      weight_y += kCellQuads;
+      const T* grad = grad_row;
+      grad_row += problem.channels * problem.out_width;
+      if (row_weight[0] == 0) continue;
+      const Quad<Number>* weight_x =
+          weights.x + (slot * problem.out_width + columns.first) * kCellQuads;
+      GradPack next = active ? GradPack::load(grad) : GradPack::zero();
+      for (int32_t cell_x = columns.first; cell_x < columns.end; ++cell_x) {
+        const GradPack current = next;
+        grad += problem.channels;
+        if (active && cell_x + 1 < columns.end) next = GradPack::load(grad);
+        Number value[Tile::kVector];
+        current.unpack(value);
+        sums.add(value, row_weight, weight_x, cell_x, reads);
+        weight_x += kCellQuads;
+      }
+    }
+  }
+}
+
+/// Block: a tile by 32 * kVector channels. Warp: one row of pixels. Lane: kVector channels of
+/// kColumns pixels, summed in registers.
+template <class T, class Tile>
+__global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
+    gather_nhwc_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
+                       GLIMPSE_GRID_CONSTANT GatherPlan plan) {
+  static_assert(Tile::kWarpRows == 1, "the loop over cell rows is that of one row of pixels");
+  GLIMPSE_DYNAMIC_SHARED(shared);
+  GLIMPSE_SHARED(TilePlace, place, );
+  if (threadIdx.x == 0) place = place_of_block<Tile>(problem, plan);
+  __syncthreads();
+  const TileWeights<Tile> weights(problem, plan, shared);
+  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t channel = (int64_t{place.slice} * 32 + lane) * Tile::kVector;
+  TileSums<Tile> sums;
+  sums.clear();
+  for_each_batch(problem, plan, place, weights, [&](const Batch& batch) {
+    add_batch_nhwc<T>(problem, plan, weights, batch, channel, sums);
+  });
+
+  const Level& level = problem.level[place.level];
+  const int32_t y = place.y + warp;
+  if (channel >= problem.channels || y >= level.height) return;
+  T* row = static_cast<T*>(level.data) + place.image * level.stride_n + y * level.stride_h +
+           channel * level.stride_c;
+  GLIMPSE_UNROLL
+  for (int32_t j = 0; j < Tile::kColumns; ++j) {
+    const int32_t x = place.x + j;
+    if (x < level.width) {
+      Pack<T, Tile::kVector>::from(sums.value[0][j]).store(row + x * level.stride_w);
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------- rows innermost
+
+/// Shared memory of gather_nchw_kernel: a run of cells of 32 channels. The distance of channels is
+/// odd, so that 32 lanes reading one cell of 32 channels use 32 banks.
+template <class Tile>
+struct Stage {
+  using Number = typename Tile::Number;
+  static constexpr int32_t kCells = sizeof(Number) == 8 ? 98 : 196;  // 196 = 14 * 14
+  static constexpr int32_t kStride = kCells + 1;
+  static constexpr size_t kBytes = (32 * kStride * sizeof(Number) + 15) / 16 * 16;
+
+  // At the end, what follows from `shared` turns the sums of a warp from lane = channel to
+  // lane = pixel.
+  static constexpr int32_t kPixels = Tile::kWarpRows * Tile::kColumns;
+  static constexpr int32_t kPixelStride = kPixels + 1;
+  static constexpr size_t kTurnBytes = kGatherWarps * 32 * kPixelStride * sizeof(Number);
+};
+
+/// Where a run starts. Cells are staged in their order in memory, y * out_width + x, and a run may
+/// hold the end of one box and the begin of the next.
+struct RunStart {
+  int32_t slot;
+  int32_t cell;  // cells before it are done
+};
+
+/// A part of a run: neighbouring cells of one box.
+struct Piece {
+  int32_t slot;
+  int32_t first, cells;
+  int32_t position;  // of the first cell in the run
+};
+
+/// Calls visit(piece) for the run at `start` and returns where the next one starts. Uniform over
+/// the block.
+template <class Tile, class Visit>
+__device__ __forceinline__ RunStart for_each_piece(const TileWeights<Tile>& weights,
+                                                   int32_t out_width, int32_t count, RunStart start,
+                                                   const Visit& visit) {
+  int32_t used = 0;
+  while (start.slot < count && used < Stage<Tile>::kCells) {
+    const Cells rows = weights.rows_of_tile(start.slot);
+    const Cells columns = weights.columns_of_tile(start.slot);
+    const bool any = rows.first < rows.end && columns.first < columns.end;
+    const int32_t first = any ? rows.first * out_width + columns.first : 0;
+    const int32_t end = any ? (rows.end - 1) * out_width + columns.end : 0;
+    const int32_t begin = start.cell > first ? start.cell : first;
+    const int32_t room = Stage<Tile>::kCells - used;
+    const int32_t cells = end - begin < room ? end - begin : room;
+    if (cells > 0) visit(Piece{start.slot, begin, cells, used});
+    used += cells;
+    start.cell = begin + cells;
+    if (start.cell >= end) start = {start.slot + 1, 0};
+  }
+  return start;
+}
+
+/// Starts to copy the cells of a piece, of channels first_channel .. first_channel + 31. One warp:
+/// every eighth channel; lanes are cells. Complete after copy_async_wait_all and a barrier.
+template <class T, class Tile>
+__device__ __forceinline__ void stage_piece(const Problem& problem, int64_t box,
+                                            int64_t first_channel, const Piece& piece,
+                                            typename Tile::Number* stage) {
+  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t plane = int64_t{problem.out_height} * problem.out_width;
+  for (int32_t i = warp; i < 32; i += kGatherWarps) {
+    const int64_t channel = first_channel + i;
+    if (channel >= problem.channels) break;
+    const T* source = static_cast<const T*>(problem.pooled) +
+                      (box * problem.channels + channel) * plane + piece.first;
+    typename Tile::Number* target = stage + i * Stage<Tile>::kStride + piece.position;
+    for (int32_t cell = lane; cell < piece.cells; cell += 32) {
+      if constexpr (sizeof(T) == 4) {
+        copy_async4(target + cell, source + cell);
+      } else {
+        target[cell] = load_value(source[cell]);
+      }
+    }
+  }
+}
+
+/// Adds a piece to the rows of pixels of this warp.
+template <class Tile>
+__device__ __forceinline__ void add_piece(const Problem& problem, const GatherPlan& plan,
+                                          const TileWeights<Tile>& weights, const Batch& batch,
+                                          const Piece& piece, const typename Tile::Number* stage,
+                                          TileSums<Tile>& sums) {
+  using Number = typename Tile::Number;
+  constexpr int32_t kCellQuads = TileWeights<Tile>::kCellQuads;
+  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const Cells rows = weights.rows_of_warp(piece.slot, warp);
+  const Cells columns = weights.columns_of_tile(piece.slot);
+  Cells reads[Tile::kQuads];
+  GLIMPSE_UNROLL
+  for (int32_t q = 0; q < Tile::kQuads; ++q) reads[q] = weights.columns_of_quad(piece.slot, q);
+  const Number* channel = stage + lane * Stage<Tile>::kStride + piece.position;
+  for (int32_t cell_y = rows.first; cell_y < rows.end; ++cell_y) {
+    // Columns of this row of cells that are in the piece.
+    const int32_t piece_x = piece.first - cell_y * problem.out_width;
+    const int32_t begin = columns.first > piece_x ? columns.first : piece_x;
+    const int32_t end = columns.end < piece_x + piece.cells ? columns.end : piece_x + piece.cells;
+    if (begin >= end) continue;
+    const auto* weight_y = reinterpret_cast<const Number*>(
+        weights.y + (piece.slot * plan.cells_y + cell_y - batch.first_y) * kCellQuads);
+    Number row_weight[Tile::kWarpRows];
+    GLIMPSE_UNROLL
+    for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
+      row_weight[i] = weight_y[warp * Tile::kWarpRows + i];
+    }
+    const Quad<Number>* weight_x =
+        weights.x + (piece.slot * problem.out_width + begin) * kCellQuads;
+    for (int32_t cell_x = begin; cell_x < end; ++cell_x) {
+      const Number value[1] = {channel[cell_x - piece_x]};
+      sums.add(value, row_weight, weight_x, cell_x, reads);
+      weight_x += kCellQuads;
+    }
+  }
+}
+
+/// Block: a tile by 32 channels. Warp: kWarpRows rows of pixels. Lane: one channel of kWarpRows *
+/// kColumns pixels, summed in registers, so that all weights are the same for the whole warp.
+/// Pooled gradients pass through shared memory, from lanes that are cells to lanes that are
+/// channels; results go back the same way, so that neighbouring lanes store neighbouring pixels.
+template <class Tile>
+__global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
+    gather_nchw_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
+                       GLIMPSE_GRID_CONSTANT GatherPlan plan) {
+  using Number = typename Tile::Number;
+  static_assert(Tile::kVector == 1, "a lane is a channel");
+  GLIMPSE_DYNAMIC_SHARED(shared);
+  GLIMPSE_SHARED(TilePlace, place, );
+  if (threadIdx.x == 0) place = place_of_block<Tile>(problem, plan);
+  __syncthreads();
+  auto* stage = reinterpret_cast<Number*>(shared);
+  const TileWeights<Tile> weights(problem, plan, shared + Stage<Tile>::kBytes);
+  TileSums<Tile> sums;
+  sums.clear();
+  for_each_batch(problem, plan, place, weights, [&](const Batch& batch) {
+    RunStart start = {0, 0};
+    while (start.slot < batch.count) {
+      for_each_piece(weights, problem.out_width, batch.count, start, [&](const Piece& piece) {
+        const int64_t first_channel = int64_t{place.slice} * 32;
+        const int64_t box = batch.box(piece.slot);
+        if constexpr (sizeof(Number) == sizeof(double)) {
+          stage_piece<double, Tile>(problem, box, first_channel, piece, stage);
+        } else if (problem.dtype == Dtype::kFloat32) {
+          stage_piece<float, Tile>(problem, box, first_channel, piece, stage);
+        } else if (problem.dtype == Dtype::kFloat16) {
+          stage_piece<half, Tile>(problem, box, first_channel, piece, stage);
+        } else {
+          stage_piece<bfloat16, Tile>(problem, box, first_channel, piece, stage);
+        }
+      });
+      copy_async_wait_all();
+      __syncthreads();
+      start =
+          for_each_piece(weights, problem.out_width, batch.count, start, [&](const Piece& piece) {
+            add_piece(problem, plan, weights, batch, piece, stage, sums);
+          });
+      __syncthreads();  // before the next run takes the place of this one
+    }
+  });
+
+  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  Number* turn = stage + warp * 32 * Stage<Tile>::kPixelStride;
+  GLIMPSE_UNROLL
+  for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
+    GLIMPSE_UNROLL
+    for (int32_t j = 0; j < Tile::kColumns; ++j) {
+      turn[lane * Stage<Tile>::kPixelStride + i * Tile::kColumns + j] = sums.value[i][j][0];
+    }
+  }
+  __syncwarp();
+  const Level& level = problem.level[place.level];
+  for (int32_t i = lane; i < 32 * Stage<Tile>::kPixels; i += 32) {
+    const int32_t own_channel = i / Stage<Tile>::kPixels, pixel = i % Stage<Tile>::kPixels;
+    const int64_t channel = int64_t{place.slice} * 32 + own_channel;
+    const int32_t y = place.y + warp * Tile::kWarpRows + pixel / Tile::kColumns;
+    const int32_t x = place.x + pixel % Tile::kColumns;
+    if (channel < problem.channels && y < level.height && x < level.width) {
+      store_element(problem.dtype, level.data,
+                    place.image * level.stride_n + channel * level.stride_c + y * level.stride_h +
+                        x * level.stride_w,
+                    turn[own_channel * Stage<Tile>::kPixelStride + pixel]);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------ simple
+
+/// The merged weight of one pixel in a cell.
+template <class Number>
+__device__ __forceinline__ Number pixel_weight(const Operator& op, const BoxAxis<Number>& line,
+                                               int32_t cell, int32_t pixel) {
+  Number sum = 0;
+  for_each_tap(op, line.axis, cell, pixel, pixel, line.size,
+               [&](int32_t touched, Number weight, Number slope, Number progress) {
+                 if (touched == pixel) sum += line.weighting(weight, slope, progress);
+               });
+  return sum * sample_factor(line.axis);
+}
+
+/// Thread: one element of a gradient at a time; nothing is shared. The formula as it stands, for
+/// any sizes, and what the kernels above are compared with: they add the same numbers in the same
+/// order.
+template <class Number>
+__global__ void __launch_bounds__(256, 2)
+    gather_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
+  const Footprints footprints(problem);
+  const bool nhwc = problem.layout == Layout::kNhwc;
+  const int64_t plane = int64_t{problem.out_height} * problem.out_width;
+  const int64_t cell_stride = nhwc ? problem.channels : 1;
+  const int64_t channel_stride = nhwc ? 1 : plane;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    const Level& level = problem.level[l];
+    const int64_t pixels = int64_t{level.height} * level.width;
+    const int64_t elements = problem.batch * problem.channels * pixels;
+    const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < elements; i += stride) {
+      const int64_t image = i / (problem.channels * pixels);
+      const int64_t rest = i % (problem.channels * pixels);
+      const int64_t channel = nhwc ? rest % problem.channels : rest / pixels;
+      const int64_t pixel = nhwc ? rest / problem.channels : rest % pixels;
+      const int32_t y = static_cast<int32_t>(pixel / level.width);
+      const int32_t x = static_cast<int32_t>(pixel % level.width);
+      Number sum = 0;
+      for (int64_t k = 0; k < problem.boxes; ++k) {
+        if (footprints.map[k] != image * problem.levels + l) continue;
+        const Footprint area = footprints.area[k];
+        if (y < area.first_y || y > area.last_y || x < area.first_x || x > area.last_x) continue;
+        const Box<Number> box = box_on_level<Number>(problem, k, image, l);
+        const BoxAxis<Number> along_y = box_axis(problem, box, kY);
+        const BoxAxis<Number> along_x = box_axis(problem, box, kX);
+        for (int32_t cell_y = 0; cell_y < problem.out_height; ++cell_y) {
+          const Number weight_y = pixel_weight(problem.op, along_y, cell_y, y);
+          if (weight_y == 0) continue;
+          for (int32_t cell_x = 0; cell_x < problem.out_width; ++cell_x) {
+            const Number weight_x = pixel_weight(problem.op, along_x, cell_x, x);
+            if (weight_x == 0) continue;
+            const int64_t cell = int64_t{cell_y} * problem.out_width + cell_x;
+            const Number grad = load_element<Number>(
+                problem.dtype, problem.pooled,
+                k * problem.channels * plane + channel * channel_stride + cell * cell_stride);
+            sum += weight_x * (weight_y * grad);
+          }
+        }
+      }
+      store_element(problem.dtype, level.data,
+                    image * level.stride_n + channel * level.stride_c + y * level.stride_h +
+                        x * level.stride_w,
+                    sum);
+    }
+  }
+}
+
+}  // namespace glimpse::cuda
