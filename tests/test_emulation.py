@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA emulation itself, and the CUDA kernels on it under many orders of threads and blocks.
+
+benchmarks/mutate_barriers.py removes the barriers of the kernels one by one and runs what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from kernel_cases import WORK, Outputs, Work, names, run
+
+_testing = pytest.importorskip(
+    "glimpse_ext._testing", reason="an installed wheel has no test module"
+)
+
+SEEDS = range(3)
+
+
+def test_emulation_selftests() -> None:
+    rows = _testing.emulation_selftests()
+    assert len(rows) >= 15
+    failures = [f"{name}: {message}" for name, passed, message in rows if not passed]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.fixture
+def hostile_memory() -> Iterator[None]:
+    """What an operator does not write reads as NaN: torch fills new tensors in this mode."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("work", WORK, ids=str)
+def test_kernels_do_not_depend_on_the_order_of_threads(
+    work: Work, dtype: torch.dtype, layout: str
+) -> None:
+    """Every order gives the bits of every other, and the numbers of the CPU kernels."""
+    expected = run(work, dtype, layout)
+    backend = _testing.use_backend("emulated")
+    seed = _testing.emulation_seed()
+    try:
+        first: Outputs | None = None
+        for number in SEEDS:
+            _testing.emulation_set_seed(number)
+            outputs = run(work, dtype, layout)
+            first = first or outputs
+            for name, actual, same, reference in zip(
+                names(work), outputs, first, expected, strict=True
+            ):
+                assert torch.equal(actual, same), f"{name}: seed {number} gives other bits"
+                scale = max(1.0, reference.abs().max().item())
+                step = {torch.float32: 1e-5, torch.float16: 2**-10}[reference.dtype]
+                error = (actual.double() - reference.double()).abs().max().item()
+                assert error <= step * scale, f"{name}: seed {number} is off by {error:.3g}"
+    finally:
+        _testing.use_backend(backend)
+        _testing.emulation_set_seed(seed)
