@@ -85,7 +85,9 @@ def nvcc_version(nvcc: str) -> str:
 def short_names(mangled: Iterable[str]) -> dict[str, str]:
     """``sample_nhwc_kernel<float, 4>`` for each mangled name."""
     names = list(mangled)
-    text = "\n".join(names) + "\n"
+    if not names:
+        return {}
+    text = "\n".join(names)
     done = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
     return dict(zip(names, map(shorten, done.stdout.splitlines()), strict=True))
 

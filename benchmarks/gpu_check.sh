@@ -4,14 +4,15 @@
 #
 #   benchmarks/gpu_check.sh OUT [options of gpu_check.py, such as --parts tests,timing]
 #
-# Builds for the GPU of this machine, then runs benchmarks/gpu_check.py, which leaves gpu_check.json
-# and gpu_check.md in OUT. Needs CUDA, torch 2.11 or newer, cmake, ninja, pybind11 and pytest;
+# Builds for the GPU of this machine, then runs benchmarks/gpu_check.py, which leaves a dated JSON
+# file and a short table in OUT. Needs CUDA, torch 2.11 or newer, cmake, ninja, pybind11 and pytest;
 # torchvision makes the timing table more interesting. A part that fails does not stop the others.
-# PYTHON chooses the interpreter. The exit status is 0 when every part has passed.
+# PYTHON chooses the interpreter. The exit status is 0 when every part has passed. All parts together
+# can take 25 minutes; where a command must be shorter, split it: --parts hostile,streams,...
 set -u
 
 if [ $# -lt 1 ]; then
-  sed -n '3,12s/^# \{0,1\}//p' "$0" >&2
+  sed -n '3,13s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 out=$1

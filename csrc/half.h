@@ -80,8 +80,8 @@ GLIMPSE_HD float load_value(half v) {
   const uint32_t exponent = magnitude & 0x0f800000u;
   uint32_t normal = magnitude + ((127u - 15u) << 23);
   normal += exponent == 0x0f800000u ? (128u - 16u) << 23 : 0u;  // inf and NaN
-  const float subnormal = detail::float_from_bits(magnitude + (113u << 23)) -
-                          detail::float_from_bits(113u << 23);
+  const float subnormal =
+      detail::float_from_bits(magnitude + (113u << 23)) - detail::float_from_bits(113u << 23);
   const uint32_t bits = exponent == 0 ? detail::bits_of_float(subnormal) : normal;
   return detail::float_from_bits(bits | sign);
 #endif
@@ -101,11 +101,15 @@ struct Store<double> {
 template <>
 struct Store<bfloat16> {
   GLIMPSE_HD static bfloat16 from(float v) {
+#if defined(__CUDA_ARCH__)
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
+#else
     const uint32_t bits = detail::bits_of_float(v);
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     const uint32_t quiet_nan = (bits >> 16) | 0x40u;
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return {static_cast<uint16_t>(nan ? quiet_nan : rounded)};
+#endif
   }
 };
 template <>

@@ -12,7 +12,8 @@ namespace glimpse {
 
 constexpr int32_t kMaxLevels = 8;
 
-/// Storage types of features. Sums and coordinates are double for kFloat64 and float for all others.
+/// Storage types of features. Sums and coordinates are double for kFloat64 and float for all
+/// others.
 enum class Dtype : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kUInt8 };
 
 /// Which stride of features and pooled values is 1: the one along x, or the one along channels.
@@ -33,8 +34,8 @@ struct Problem {
 
   int32_t levels;
   Level level[kMaxLevels];
-  LevelRule level_rule;        // used when levels > 1 and box_level is null
-  const int64_t* box_level;    // [boxes] or null; outside [0, levels): the box reads nothing
+  LevelRule level_rule;      // used when levels > 1 and box_level is null
+  const int64_t* box_level;  // [boxes] or null; outside [0, levels): the box reads nothing
 
   int64_t batch, channels, boxes;
   int32_t out_height, out_width;
@@ -47,11 +48,11 @@ struct Problem {
   const void* tangent;         // [boxes, box_columns] or null: the motion of the boxes
   int32_t tangent_axes;        // bit 1 << direction: that axis uses tangent weights
 
-  void* pooled;    // [boxes, channels, out_height, out_width], dense in `layout`; written by
-                   // sample, read by the gradients
-  void* grad_box;  // [boxes, box_columns], written by grad_boxes
+  void* pooled;     // [boxes, channels, out_height, out_width], dense in `layout`; written by
+                    // sample, read by the gradients
+  void* grad_box;   // [boxes, box_columns], written by grad_boxes
   void* workspace;  // as many bytes as the backend asked for
-  void* stream;    // of the device; unused on the host
+  void* stream;     // of the device; unused on the host
 };
 
 /// A box as kernels read it. `level` is -1 where the box reads nothing.
@@ -108,8 +109,8 @@ GLIMPSE_HD BoxAxis<T> box_axis(const Problem& problem, const Box<T>& box, int32_
   BoxAxis<T> result;
   result.size = direction == kY ? level.height : level.width;
   result.cells = direction == kY ? problem.out_height : problem.out_width;
-  result.axis = problem.op.axis(direction, box.edges, static_cast<T>(level.scale), result.size,
-                                result.cells);
+  result.axis =
+      problem.op.axis(direction, box.edges, static_cast<T>(level.scale), result.size, result.cells);
   const bool tangent = (problem.tangent_axes >> direction & 1) != 0;
   result.weighting =
       tangent ? Weighting<T>::along(result.axis, box.tangent[problem.op.lo_column(direction)],

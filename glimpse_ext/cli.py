@@ -18,6 +18,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "bench": Command(
+        "glimpse_ext.bench",
+        "bench",
+        frozenset({"matplotlib", "tqdm"}),
+        "time every operator against its peers; compare and plot results",
+    ),
     "demo": Command(
         "glimpse_ext.demo",
         "demo",

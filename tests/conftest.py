@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Devices, dtypes and layouts that tests run over, and the one place where tolerances are written.
 
-``emulated`` is the CPU with every call sent to the CUDA kernels, compiled for the host. ``cuda`` exists
-where there is one.
+``emulated`` is the CPU with every call sent to the CUDA kernels, compiled for the host; ``simple`` is
+the CPU with the short loops that its own kernels are a faster form of. ``cuda`` exists where there is
+one.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-# An installed wheel has no test module and runs the tests that need none. Where it is there, it must
-# load: a broken one would silently leave out every test of the CUDA kernels.
+# An installed wheel has no test module and runs the tests that need none. Where it is there, it
+# must load: a broken one would silently leave out every test of the CUDA kernels.
 _testing = None
 if importlib.util.find_spec("glimpse_ext._testing") is not None:
     _testing = importlib.import_module("glimpse_ext._testing")
 
-# Images here are tiny, and handing a hundred numbers to a second thread costs more than adding them.
-# Tests that are about threads choose their number themselves.
+# Images here are tiny, and handing a hundred numbers to a second thread costs more than adding
+# them. Tests that are about threads choose their number themselves.
 torch.set_num_threads(1)
 
 
@@ -41,12 +42,13 @@ class Device:
 
 
 CPU = Device("cpu", torch.device("cpu"), True)
+SIMPLE = Device("simple", torch.device("cpu"), True)
 EMULATED = Device("emulated", torch.device("cpu"), False)
 CUDA = Device("cuda", torch.device("cuda"), False)
 
 DEVICES = [CPU]
 if _testing is not None:
-    DEVICES.append(EMULATED)
+    DEVICES += [SIMPLE, EMULATED]
 if torch.cuda.is_available():
     DEVICES.append(CUDA)
 
@@ -54,10 +56,10 @@ if torch.cuda.is_available():
 @pytest.fixture(params=DEVICES, ids=str)
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """Each device in turn; calls on CPU tensors go to its kernels for as long as the test runs."""
-    if request.param is not EMULATED:
+    if request.param not in (SIMPLE, EMULATED):
         yield request.param
         return
-    previous = _testing.use_backend("emulated")
+    previous = _testing.use_backend(request.param.name)
     try:
         yield request.param
     finally:
@@ -118,8 +120,9 @@ def assert_within(actual: Tensor, expected: Tensor, tolerance: Tolerance, label:
     place = [int(i) for i in torch.unravel_index(torch.tensor(worst), a.shape)]
     pytest.fail(
         f"{label}: at {place} got {a.flatten()[worst].item()!r}, expected "
-        f"{b.flatten()[worst].item()!r}; {int((excess > 0).sum())} of {a.numel()} elements differ by "
-        f"more than {tolerance.absolute:.2g} + {tolerance.relative:.2g}*|x| ({tolerance.reason})",
+        f"{b.flatten()[worst].item()!r}; {int((excess > 0).sum())} of {a.numel()} elements differ "
+        f"by more than {tolerance.absolute:.2g} + {tolerance.relative:.2g}*|x| "
+        f"({tolerance.reason})",
         pytrace=False,
     )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-import glimpse_ext
 import pytest
 import torch
 from cases import PYRAMIDS, random_tensor
 from conftest import EMULATED, _testing
+
+import glimpse_ext
 
 F32 = torch.float32
 

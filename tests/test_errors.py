@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Arguments that do not fit: an exception that names the operator, what it expects, and what came."""
+"""Arguments that do not fit: an error that names the operator, what it expects, and what came."""
 
 from __future__ import annotations
 
-import glimpse_ext
 import pytest
 import torch
+
+import glimpse_ext
 
 F32 = torch.float32
 
@@ -182,9 +183,7 @@ WRONG_PYRAMID = {
     ),
 }
 # What is wrong with boxes and sizes of one map is wrong with those of several.
-WRONG_PYRAMID |= {
-    name: entry for name, entry in WRONG.items() if not {"input"} & entry[0].keys()
-}
+WRONG_PYRAMID |= {name: entry for name, entry in WRONG.items() if not {"input"} & entry[0].keys()}
 
 
 def on(device, value):

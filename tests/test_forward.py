@@ -6,11 +6,12 @@ from __future__ import annotations
 import functools
 
 import cases
-import glimpse_ext
 import pytest
 import torch
 from cases import CASES, MODES, PYRAMIDS, arrange, random_tensor
 from conftest import compute_dtype
+
+import glimpse_ext
 from glimpse_ext import reference
 
 F32, F64 = torch.float32, torch.float64
@@ -25,7 +26,7 @@ def middles(cells):
 
 
 def inner_boxes(count, height, width, seed, margin=1.0):
-    """Boxes that keep a distance from the edge of the image, so that every sample reads two pixels."""
+    """Boxes at a distance from the edge of the image, so that every sample reads two pixels."""
     corners = uniform((count, 2, 2), 0, 1, seed).sort(dim=1).values
     x = corners[:, :, 0] * (width - 2 * margin) + margin
     y = corners[:, :, 1] * (height - 2 * margin) + margin
@@ -51,7 +52,9 @@ def test_a_constant_image_stays_constant_inside(mode, device, dtype):
 def test_a_ramp_is_read_at_the_middle_of_the_cell(ratio, aligned, device, close):
     """Bilinear samples of a linear image are exact and placed evenly: their mean is the middle."""
     height, width = 11, 14
-    y, x = torch.meshgrid(torch.arange(height, dtype=F64), torch.arange(width, dtype=F64), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(height, dtype=F64), torch.arange(width, dtype=F64), indexing="ij"
+    )
     image = torch.stack([x, y, 3 * x - 2 * y + 1])[None].to(device.torch)
     boxes = inner_boxes(6, height - 1, width - 1, "ramp")
     boxes[:, 3:] = torch.maximum(boxes[:, 3:], boxes[:, 1:3] + 1)
@@ -207,7 +210,7 @@ def test_uint8_image_equals_reference(case, mode, device, layout, close):
 
 @pytest.mark.parametrize("boxes_dtype", [F64, F32, torch.float16, torch.bfloat16], ids=str)
 def test_boxes_of_another_dtype(boxes_dtype, dtype, device, close):
-    """Boxes keep their own numbers: what a 16-bit type can hold is used as it is, not rounded again."""
+    """Boxes keep their own numbers: they are not rounded to the dtype of the image."""
     case = CASES[0]
     image, boxes = case.image(dtype).to(device.torch), case.boxes(boxes_dtype).to(device.torch)
     pooled = glimpse_ext.roi_align(image, boxes, case.output_size, 1.0, 2)
@@ -309,7 +312,9 @@ def test_boxes_as_one_tensor_per_image(kind, device, same_bits):
 
 def test_a_list_of_16_bit_boxes_counts_images_beyond_256(device):
     """bfloat16 holds no 257: the image of a box must not be rounded with the box."""
-    image = torch.arange(300, dtype=F32, device=device.torch).reshape(300, 1, 1, 1).expand(300, 1, 2, 2)
+    image = (
+        torch.arange(300, dtype=F32, device=device.torch).reshape(300, 1, 1, 1).expand(300, 1, 2, 2)
+    )
     box = torch.tensor([[0.0, 0.0, 2.0, 2.0]], dtype=torch.bfloat16, device=device.torch)
     pooled = glimpse_ext.roi_align(image, [box] * 300, 1)
     assert pooled.flatten().tolist() == list(range(300))

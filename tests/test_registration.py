@@ -1,32 +1,47 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Operators as the rest of PyTorch sees them: schemas, fake kernels, compile, export, AOTInductor."""
+"""Operators as PyTorch sees them: schemas, fake kernels, compile, export, AOTInductor."""
 
 from __future__ import annotations
 
-import glimpse_ext
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import PYRAMIDS, SMOOTH_CASES, random_tensor
+from conftest import CPU, CUDA, DEVICES
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+import glimpse_ext
 
 F32, F64 = torch.float32, torch.float64
 ops = torch.ops.glimpse_ext
 
 
-def image_and_boxes(device, k=3, h=9, w=7, n=2, c=4, dtype=F32):
-    """Sizes are all different, so that none is taken for another."""
+@pytest.fixture(params=[d for d in DEVICES if d in (CPU, CUDA)], ids=str)
+def device(request):
+    """Emulated kernels stand behind the same operators as those of the CPU: nothing new to see."""
+    return request.param
+
+
+def image_and_boxes(device, k=7, h=19, w=15, n=2, c=4, dtype=F32):
+    """Sizes are all different, those of a map of half the size too: the compiler takes sizes that
+    are equal in the first call for one size, and compiles again where they are not."""
     image = random_tensor((n, c, h, w), dtype, f"image {n} {c} {h} {w}")
     unit = (random_tensor((k, 5), F32, f"boxes {k}") + 1) / 2
-    columns = [unit[:, 0] * 1.99, unit[:, 1] * 3, unit[:, 2] * 4, unit[:, 3] * 3 + 3, unit[:, 4] * 4 + 4]
+    columns = [
+        unit[:, 0] * 1.99,
+        unit[:, 1] * 3,
+        unit[:, 2] * 4,
+        unit[:, 3] * 3 + 3,
+        unit[:, 4] * 4 + 4,
+    ]
     return image.to(device.torch), torch.stack(columns, dim=1).to(device.torch)
 
 
 def op_samples(device):
     """Arguments for every registered operator, with and without what is optional."""
-    image, boxes = image_and_boxes(device, dtype=F64)
+    image, boxes = image_and_boxes(device, 3, 9, 7, dtype=F64)
     boxes = boxes.double()
     last = image.contiguous(memory_format=torch.channels_last)
     small = random_tensor((2, 4, 5, 4), F64, "small").to(device.torch)
@@ -48,19 +63,43 @@ def op_samples(device):
             ops.roi_align.default,
             (grads(image), grads(boxes), 0.5, 2, 3, 2, True),
         ),
-        "roi_align channels_last": (ops.roi_align.default, (grads(last), boxes, 1.0, 2, 3, 2, True)),
-        "roi_align uint8": (ops.roi_align.default, (image.to(torch.uint8), boxes, 1.0, 2, 3, 2, True)),
-        "roi_align float16": (ops.roi_align.default, (image.half(), boxes.float(), 1.0, 2, 3, 2, True)),
+        "roi_align channels_last": (
+            ops.roi_align.default,
+            (grads(last), boxes, 1.0, 2, 3, 2, True),
+        ),
+        "roi_align uint8": (
+            ops.roi_align.default,
+            (image.to(torch.uint8), boxes, 1.0, 2, 3, 2, True),
+        ),
+        "roi_align float16": (
+            ops.roi_align.default,
+            (image.half(), boxes.float(), 1.0, 2, 3, 2, True),
+        ),
         "roi_align no boxes": (ops.roi_align.default, (image, boxes[:0], 1.0, 2, 3, 2, True)),
         "multiscale_roi_align": (
             ops.multiscale_roi_align.default,
-            ([grads(image), grads(small)], grads(boxes), None, 2, 3, [1.0, 0.5], 2, True, 4.0, 1, 0),
+            (
+                [grads(image), grads(small)],
+                grads(boxes),
+                None,
+                2,
+                3,
+                [1.0, 0.5],
+                2,
+                True,
+                4.0,
+                1,
+                0,
+            ),
         ),
         "multiscale_roi_align levels": (
             ops.multiscale_roi_align.default,
             ([grads(last), small], boxes, levels, 2, 3, [1.0, 0.5], 2, True, 4.0, 1, 1),
         ),
-        "_sample": (ops._sample.default, ([grads(image)], grads(boxes), None, None, None, 0, *plain)),
+        "_sample": (
+            ops._sample.default,
+            ([grads(image)], grads(boxes), None, None, None, 0, *plain),
+        ),
         "_sample tangent": (
             ops._sample.default,
             ([grads(image)], grads(boxes), None, None, grads(tangent), 1, *plain),
@@ -100,7 +139,7 @@ def op_samples(device):
     }
 
 
-SAMPLES = list(op_samples(type("Host", (), {"torch": torch.device("cpu")})))
+SAMPLES = list(op_samples(CPU))
 
 
 def test_every_operator_has_a_sample():
@@ -114,7 +153,7 @@ def test_every_operator_has_a_sample():
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name, device):
-    """Schema, autograd registration, fake kernel and the dispatch under compile, with real calls."""
+    """Schema, autograd registration, fake kernel and dispatch under compile, with real calls."""
     op, arguments = op_samples(device)[name]
     result = torch.library.opcheck(op, arguments)
     assert set(result.values()) == {"SUCCESS"}, result
@@ -151,12 +190,14 @@ def pyramid_loss(first, second, boxes):
 
 
 def value_and_gradients(function, *inputs):
-    inputs = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    inputs = [
+        t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs
+    ]
     value = function(*inputs)
     return value.detach(), *torch.autograd.grad(value, inputs)
 
 
-SIZES = [(3, 9, 7), (6, 9, 7), (8, 11, 10), (3, 13, 6), (17, 9, 12)]
+SIZES = [(7, 19, 15), (6, 19, 15), (8, 11, 10), (3, 13, 6), (17, 9, 12)]
 
 
 @pytest.fixture
@@ -262,7 +303,12 @@ class Head(torch.nn.Module):
 
     def forward(self, first, second, boxes):
         pooled = glimpse_ext.multiscale_roi_align(
-            [self.before(first), second], boxes, (2, 3), (1.0, 0.5), canonical_size=4, canonical_level=1
+            [self.before(first), second],
+            boxes,
+            (2, 3),
+            (1.0, 0.5),
+            canonical_size=4,
+            canonical_level=1,
         )
         single = glimpse_ext.roi_align(second, boxes, (2, 3), 0.5, -1, True)
         return self.after((pooled + single).flatten(1))
@@ -275,7 +321,7 @@ def exported_head(device):
     h2, w2 = (torch.export.Dim(name, min=2, max=4096) for name in ("h2", "w2"))
     program = torch.export.export(
         head,
-        head_inputs(device, 3, 9, 7),
+        head_inputs(device, *SIZES[0]),
         dynamic_shapes=({2: h, 3: w}, {2: h2, 3: w2}, {0: k}),
     )
     return head, program
@@ -306,7 +352,7 @@ def test_an_exported_program_survives_a_file(device, close, tmp_path):
 
 
 def test_aot_inductor_package(device, close, tmp_path):
-    """Compiled to a shared library, loaded, and called with other sizes than those it was made for."""
+    """Compiled to a shared library, loaded, and called with other sizes than it was made for."""
     head, program = exported_head(device)
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(
@@ -362,10 +408,9 @@ def test_reverse_mode_of_bare_operators(function, device):
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("how", ["dual numbers", "torch.func.jvp"])
 @pytest.mark.parametrize("of", ["image", "boxes", "both"])
 @pytest.mark.parametrize("function", BARE, ids=named)
-def test_forward_mode_of_bare_operators_is_right_or_raises(function, of, how, device, close):
+def test_forward_mode_of_bare_operators(function, of, device, close):
     """Elsewhere in the ecosystem it is silently zero."""
     image, boxes = smooth(device)
     tangents = [
@@ -376,35 +421,26 @@ def test_forward_mode_of_bare_operators_is_right_or_raises(function, of, how, de
     ]
     expected = tangent_by_reverse_mode(function, image, boxes, tangents)
     assert expected.abs().max() > 0.01
-    try:
-        if how == "torch.func.jvp":
-            got = torch.func.jvp(function, (image, boxes), tuple(tangents))[1]
-        else:
-            with forward_ad.dual_level():
-                duals = [
-                    forward_ad.make_dual(p, t)
-                    for p, t in zip((image, boxes), tangents, strict=True)
-                ]
-                got = forward_ad.unpack_dual(function(*duals)).tangent
-    except (RuntimeError, NotImplementedError) as error:
-        assert str(error), "an error that says something"
-        return
+    with forward_ad.dual_level():
+        duals = [
+            forward_ad.make_dual(p, t) if of in (name, "both") else p
+            for name, p, t in zip(("image", "boxes"), (image, boxes), tangents, strict=True)
+        ]
+        got = forward_ad.unpack_dual(function(*duals)).tangent
     assert got is not None, "no tangent is a silent zero"
     close(got, expected, "gradient")
 
 
 @pytest.mark.parametrize("function", BARE, ids=named)
-def test_func_grad_of_bare_operators_is_right_or_raises(function, device, close):
+def test_torch_func_of_bare_operators_raises(function, device):
+    """PyTorch has no place where an operator could say how; the public functions do it right."""
     image, boxes = smooth(device)
-    leaves = (image.clone().requires_grad_(), boxes.clone().requires_grad_())
-    expected = torch.autograd.grad((function(*leaves) ** 2).sum(), leaves)
-    try:
-        got = torch.func.grad(lambda i, b: (function(i, b) ** 2).sum(), argnums=(0, 1))(image, boxes)
-    except (RuntimeError, NotImplementedError) as error:
-        assert str(error), "an error that says something"
-        return
-    for a, b in zip(got, expected, strict=True):
-        close(a, b, "gradient")
+    with pytest.raises(RuntimeError, match="call the functions of glimpse_ext instead"):
+        torch.func.grad(lambda i: (function(i, boxes) ** 2).sum())(image)
+    with pytest.raises(RuntimeError, match="call the functions of glimpse_ext instead"):
+        torch.func.grad(lambda b: (function(image, b) ** 2).sum())(boxes)
+    with pytest.raises(RuntimeError, match="call the functions of glimpse_ext instead"):
+        torch.func.jvp(function, (image, boxes), (image, boxes))
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0)], ids=str)
@@ -416,8 +452,7 @@ def test_vmap_of_bare_operators(function, in_dims, device, close):
         torch.stack([boxes, boxes + 0.01, boxes - 0.01]),
     )
     arguments = [
-        b if dim == 0 else one
-        for b, one, dim in zip(batched, (image, boxes), in_dims, strict=True)
+        b if dim == 0 else one for b, one, dim in zip(batched, (image, boxes), in_dims, strict=True)
     ]
     looped = [
         function(*[t[i] if dim == 0 else t for t, dim in zip(arguments, in_dims, strict=True)])
@@ -429,17 +464,13 @@ def test_vmap_of_bare_operators(function, in_dims, device, close):
 # -------------------------------------------------------------------------------------- elsewhere
 
 
-def test_a_worker_process_of_a_data_loader(device):
+def test_a_worker_process_of_a_data_loader():
     """A forked process has the threads of its parent's pool in name only."""
-    if device.name == "cuda":
-        context = "spawn"
-    else:
-        context = "fork"
-        torch.set_num_threads(2)
+    torch.set_num_threads(2)
     try:
         glimpse_ext.roi_align(torch.ones(4, 64, 32, 32), torch.tensor([[0.0, 1, 1, 9, 9]] * 64), 7)
         loader = torch.utils.data.DataLoader(
-            Crops(), batch_size=2, num_workers=1, multiprocessing_context=context, timeout=60
+            Crops(), batch_size=2, num_workers=1, multiprocessing_context="fork", timeout=60
         )
         got = torch.cat(list(loader))
     finally:
@@ -474,7 +505,7 @@ def test_autocast_changes_nothing(autocast_dtype, image_dtype, device, same_bits
 
 
 def test_levels_that_leave_autocast_in_two_dtypes(device, close):
-    """A convolution gives bfloat16 and a normalisation float32: the pyramid is then pooled in float32."""
+    """A convolution gives bfloat16 and a normalisation float32: all is then pooled in float32."""
     pyramid = PYRAMIDS[0]
     features = [f.to(device.torch) for f in pyramid.features(F32)]
     mixed = [features[0].bfloat16(), *features[1:]]
@@ -485,5 +516,3 @@ def test_levels_that_leave_autocast_in_two_dtypes(device, close):
     assert pooled.dtype == F32
     widened = [f.float() for f in mixed]
     close(pooled, glimpse_ext.multiscale_roi_align(widened, *arguments))
-
-

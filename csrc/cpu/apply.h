@@ -43,6 +43,25 @@ namespace {
       call(0);                              \
   }
 
+/// Calls call(n) for the taps of a row in groups, in order. Each call adds to what is there, so
+/// that the groups change no sum.
+#define GLIMPSE_IN_GROUPS(taps, index, weight, call)            \
+  for (; taps > 4; taps -= 4, index += 4, weight += 4) call(4); \
+  switch (taps) {                                               \
+    case 1:                                                     \
+      call(1);                                                  \
+      break;                                                    \
+    case 2:                                                     \
+      call(2);                                                  \
+      break;                                                    \
+    case 3:                                                     \
+      call(3);                                                  \
+      break;                                                    \
+    case 4:                                                     \
+      call(4);                                                  \
+      break;                                                    \
+  }
+
 template <class T>
 int64_t cells_of(const Problem& problem) {
   return int64_t{problem.out_height} * problem.out_width;
@@ -62,35 +81,67 @@ const T* image_of(const Level& level, int64_t image) {
 
 // ------------------------------------------------------------------------------ sample, kNchw
 
-/// One row of sums along y: sums[c][x] of `channels` channels. `taps` is used where Taps is 0.
-template <int Taps, class T>
-void sum_rows(const T* window, int64_t stride_c, int64_t stride_h, int64_t channels,
-              const int32_t* rows, const acc_t<T>* weights, int32_t taps, int32_t vectors,
-              int32_t last_valid, acc_t<T>* sums) {
+/// sums[c][x] = the weighted sum of N rows of pixels, or that added to what is there (Add).
+template <int N, bool Add, class T>
+void sum_few_rows(const T* window, int64_t stride_c, int64_t stride_h, int64_t channels,
+                  const int32_t* rows, const acc_t<T>* weights, int32_t vectors, int32_t last_valid,
+                  acc_t<T>* sums) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>;
-  const int32_t count = Taps != 0 ? Taps : taps;
+  Vector<A> weight[N];
+  int64_t offset[N];
+  for (int t = 0; t < N; ++t) {
+    weight[t] = broadcast(weights[t]);
+    offset[t] = rows[t] * stride_h;
+  }
   const int32_t whole = last_valid == L ? vectors : vectors - 1;
   for (int64_t c = 0; c < channels; ++c, window += stride_c, sums += vectors * L) {
+    const T* row[N];
+    for (int t = 0; t < N; ++t) row[t] = window + offset[t];
     for (int32_t v = 0; v < whole; ++v) {
-      Vector<A> sum = {};
-      const T* from = window + v * L;
-      sum = broadcast(weights[0]) * load(from + rows[0] * stride_h);
-      for (int32_t t = 1; t < count; ++t) {
-        sum = multiply_add(broadcast(weights[t]), load(from + rows[t] * stride_h), sum);
-      }
+      Vector<A> sum = Add ? multiply_add(weight[0], load(row[0] + v * L), load(sums + v * L))
+                          : weight[0] * load(row[0] + v * L);
+      for (int t = 1; t < N; ++t) sum = multiply_add(weight[t], load(row[t] + v * L), sum);
       store(sums + v * L, sum);
     }
     if (whole < vectors) {
-      const T* from = window + whole * L;
-      Vector<A> sum = {};
-      for (int32_t t = 0; t < count; ++t) {
-        sum = multiply_add(broadcast(weights[t]),
-                           load_part(from + rows[t] * stride_h, last_valid), sum);
+      Vector<A> sum = Add ? load(sums + whole * L) : Vector<A>{};
+      for (int t = 0; t < N; ++t) {
+        sum = multiply_add(weight[t], load_part(row[t] + whole * L, last_valid), sum);
       }
       store(sums + whole * L, sum);
     }
   }
+}
+
+/// sums[c][x] of a row of cells: any number of taps along y, but at least one.
+template <class T>
+void sum_rows(const T* window, int64_t stride_c, int64_t stride_h, int64_t channels,
+              const int32_t* rows, const acc_t<T>* weights, int32_t taps, int32_t vectors,
+              int32_t last_valid, acc_t<T>* sums) {
+#define GLIMPSE_CALL(n, add)                                                            \
+  sum_few_rows<n, add, T>(window, stride_c, stride_h, channels, rows, weights, vectors, \
+                          last_valid, sums)
+  switch (taps) {
+    case 1:
+      return GLIMPSE_CALL(1, false);
+    case 2:
+      return GLIMPSE_CALL(2, false);
+    case 3:
+      return GLIMPSE_CALL(3, false);
+    case 4:
+      return GLIMPSE_CALL(4, false);
+    case 5:
+      return GLIMPSE_CALL(5, false);
+    case 6:
+      return GLIMPSE_CALL(6, false);
+  }
+  GLIMPSE_CALL(4, false);
+  for (rows += 4, weights += 4, taps -= 4; taps >= 4; rows += 4, weights += 4, taps -= 4) {
+    GLIMPSE_CALL(4, true);
+  }
+  for (; taps > 0; ++rows, ++weights, --taps) GLIMPSE_CALL(1, true);
+#undef GLIMPSE_CALL
 }
 
 /// sums[c][x] -> columns[x][c].
@@ -207,8 +258,8 @@ void sample_nchw(const Work<acc_t<T>>& work) {
                      sizeof(A) * static_cast<size_t>((L - work.channels) * vectors * L));
     store(columns + vectors * L * L, Vector<A>{});  // the zero slot
     for (int32_t first = 0; first < problem.out_height; first += together) {
-      const int32_t end = first + together < problem.out_height ? first + together
-                                                                : problem.out_height;
+      const int32_t end =
+          first + together < problem.out_height ? first + together : problem.out_height;
       A* row = gathered;
       for (int32_t i = first; i < end; ++i, row += int64_t{problem.out_width} * L) {
         if (i < plan.y.first || i >= plan.y.end || plan.y.tap_begin(i) == plan.y.tap_end(i)) {
@@ -216,11 +267,8 @@ void sample_nchw(const Work<acc_t<T>>& work) {
           continue;
         }
         const int32_t tap = plan.y.tap_begin(i);
-#define GLIMPSE_CALL(taps)                                                                    \
-  sum_rows<taps, T>(window, level.stride_c, level.stride_h, work.channels, plan.y.index + tap, \
-                    plan.y.weight + tap, plan.y.tap_end(i) - tap, vectors, plan.last_valid, sums)
-        GLIMPSE_WITH_UNIFORM(plan.y.uniform, GLIMPSE_CALL)
-#undef GLIMPSE_CALL
+        sum_rows<T>(window, level.stride_c, level.stride_h, work.channels, plan.y.index + tap,
+                    plan.y.weight + tap, plan.y.tap_end(i) - tap, vectors, plan.last_valid, sums);
         transpose_columns(sums, vectors, columns);
 #define GLIMPSE_CALL(taps) sum_columns<taps, A>(columns, plan.x, row)
         GLIMPSE_WITH_UNIFORM(plan.x.uniform, GLIMPSE_CALL)
@@ -234,8 +282,9 @@ void sample_nchw(const Work<acc_t<T>>& work) {
 
 // ------------------------------------------------------------------------------ sample, kNhwc
 
-/// N vectors of channels of all cells of one box; the last vector may have `last_valid` channels.
-template <class T, int N>
+/// N vectors of channels of all cells of one box; only the first `last_valid` channels of the last
+/// vector where Part is set.
+template <class T, int N, bool Part>
 void sample_channels(const Problem& problem, const BoxPlan<acc_t<T>>& plan, const Level& level,
                      const T* image, int32_t last_valid, pooled_t<T>* to) {
   using A = acc_t<T>;
@@ -252,17 +301,18 @@ void sample_channels(const Problem& problem, const BoxPlan<acc_t<T>>& plan, cons
         for (int32_t tx = x_begin; tx < x_end; ++tx) {
           const T* pixel = row + plan.x.index[tx] * level.stride_w;
           const Vector<A> weight = broadcast(plan.y.weight[ty] * plan.x.weight[tx]);
-          for (int v = 0; v < N - 1; ++v) sum[v] = multiply_add(weight, load(pixel + v * L), sum[v]);
+          for (int v = 0; v < N - 1; ++v)
+            sum[v] = multiply_add(weight, load(pixel + v * L), sum[v]);
           const T* last = pixel + (N - 1) * L;
-          sum[N - 1] = multiply_add(
-              weight, last_valid == L ? load(last) : load_part(last, last_valid), sum[N - 1]);
+          sum[N - 1] =
+              multiply_add(weight, Part ? load_part(last, last_valid) : load(last), sum[N - 1]);
         }
       }
       for (int v = 0; v < N - 1; ++v) store(to + v * L, sum[v]);
-      if (last_valid == L) {
-        store(to + (N - 1) * L, sum[N - 1]);
-      } else {
+      if (Part) {
         store_part(to + (N - 1) * L, sum[N - 1], last_valid);
+      } else {
+        store(to + (N - 1) * L, sum[N - 1]);
       }
     }
   }
@@ -276,8 +326,8 @@ void sample_nhwc(const Work<acc_t<T>>& work) {
   const int64_t cells = cells_of<T>(problem);
   for (int64_t b = 0; b < work.count; ++b) {
     const BoxPlan<A>& plan = *work.plans[b];
-    auto* to = static_cast<pooled_t<T>*>(problem.pooled) +
-               plan.box * problem.channels * cells + work.channel;
+    auto* to = static_cast<pooled_t<T>*>(problem.pooled) + plan.box * problem.channels * cells +
+               work.channel;
     if (plan.empty) {
       for (int64_t i = 0; i < cells; ++i, to += problem.channels) {
         __builtin_memset(to, 0, sizeof(*to) * static_cast<size_t>(work.channels));
@@ -288,38 +338,51 @@ void sample_nhwc(const Work<acc_t<T>>& work) {
     const T* image = image_of<T>(level, plan.image) + work.channel;
     int64_t left = work.channels;
     for (; left >= 8 * L; left -= 8 * L, image += 8 * L, to += 8 * L) {
-      sample_channels<T, 8>(problem, plan, level, image, L, to);
+      sample_channels<T, 8, false>(problem, plan, level, image, L, to);
     }
     for (; left >= 4 * L; left -= 4 * L, image += 4 * L, to += 4 * L) {
-      sample_channels<T, 4>(problem, plan, level, image, L, to);
+      sample_channels<T, 4, false>(problem, plan, level, image, L, to);
     }
-    for (; left > 0; left -= L, image += L, to += L) {
-      sample_channels<T, 1>(problem, plan, level, image,
-                            static_cast<int32_t>(left < L ? left : L), to);
+    for (; left >= L; left -= L, image += L, to += L) {
+      sample_channels<T, 1, false>(problem, plan, level, image, L, to);
+    }
+    if (left > 0) {
+      sample_channels<T, 1, true>(problem, plan, level, image, static_cast<int32_t>(left), to);
     }
   }
 }
 
 // ------------------------------------------------------------- gradient of the features, shared
 
-/// Sums of products along x for rows of one length (Taps) or several (0): V[s] = sum of cells.
-/// Both are `vectors` vectors wide; index counts in them.
+/// expanded[s] = the weighted sum of the cells that tap slot s, for slots first..end - 1; rows of
+/// one length (Taps) or several (0). Cells and slots are `vectors` vectors wide.
 template <int Taps, class A>
 void expand_row(const A* cells, const Table<A>& table, int32_t first, int32_t end, int32_t vectors,
                 A* expanded) {
   constexpr int L = kLanes<A>;
   const int64_t width = int64_t{vectors} * L;
-  for (int32_t s = first; s < end; ++s) {
-    const int32_t begin = Taps != 0 ? s * Taps : table.start[s];
-    const int32_t count = Taps != 0 ? Taps : table.start[s + 1] - begin;
-    const int32_t* index = table.index + begin;
-    const A* weight = table.weight + begin;
-    for (int32_t v = 0; v < vectors; ++v, expanded += L) {
-      Vector<A> sum = {};
-      for (int32_t t = 0; t < count; ++t) {
-        sum = multiply_add(broadcast(weight[t]), load(cells + index[t] * width + v * L), sum);
+  for (int32_t s = first; s < end; ++s, expanded += width) {
+    if constexpr (Taps != 0) {
+      Vector<A> weight[Taps];
+      const A* cell[Taps];
+      for (int t = 0; t < Taps; ++t) {
+        weight[t] = broadcast(table.weight[s * Taps + t]);
+        cell[t] = cells + table.index[s * Taps + t] * width;
       }
-      store(expanded, sum);
+      for (int32_t v = 0; v < vectors; ++v) {
+        Vector<A> sum = weight[0] * load(cell[0] + v * L);
+        for (int t = 1; t < Taps; ++t) sum = multiply_add(weight[t], load(cell[t] + v * L), sum);
+        store(expanded + v * L, sum);
+      }
+    } else {
+      for (int32_t v = 0; v < vectors; ++v) {
+        Vector<A> sum = {};
+        for (int32_t t = table.start[s]; t < table.start[s + 1]; ++t) {
+          sum = multiply_add(broadcast(table.weight[t]),
+                             load(cells + table.index[t] * width + v * L), sum);
+        }
+        store(expanded + v * L, sum);
+      }
     }
   }
 }
@@ -337,8 +400,8 @@ Plane<acc_t<T>> plane_of(const GradWork<acc_t<T>>& work) {
   const Level& level = work.problem->level[work.level];
   if constexpr (std::is_same_v<A, T>) {
     T* image = static_cast<T*>(level.data) + work.image * level.stride_n;
-    return {image + work.channel * level.stride_c + work.first_row * level.stride_h,
-            level.stride_c, level.stride_h, level.stride_w};
+    return {image + work.channel * level.stride_c + work.first_row * level.stride_h, level.stride_c,
+            level.stride_h, level.stride_w};
   } else if (work.problem->layout == Layout::kNchw) {
     return {work.plane, int64_t{work.end_row - work.first_row} * level.width, level.width, 1};
   } else {
@@ -470,29 +533,31 @@ void transpose_back(const A* columns, int32_t vectors, A* sums) {
   }
 }
 
-/// Adds rows[cell][c][x] to one row of pixels of all channels.
-template <int Taps, class A>
-void add_row(A* pixels, int64_t stride_c, int64_t channels, const A* rows, const int32_t* index,
-             const A* weight, int32_t taps, int32_t vectors, int32_t last_valid) {
+/// Adds the weighted sum of N of the rows[cell][c][x] to one row of pixels of all channels.
+template <int N, class A>
+void add_few_rows(A* pixels, int64_t stride_c, int64_t channels, const A* rows,
+                  const int32_t* index, const A* weights, int32_t vectors, int32_t last_valid) {
   constexpr int L = kLanes<A>;
-  const int32_t count = Taps != 0 ? Taps : taps;
+  const int64_t width = int64_t{vectors} * L;
+  Vector<A> weight[N];
+  const A* row[N];
+  for (int t = 0; t < N; ++t) {
+    weight[t] = broadcast(weights[t]);
+    row[t] = rows + index[t] * width * L;
+  }
   const int32_t whole = last_valid == L ? vectors : vectors - 1;
-  const int64_t block = int64_t{vectors} * L * L;
-  for (int64_t c = 0; c < channels; ++c, pixels += stride_c, rows += vectors * L) {
+  for (int64_t c = 0; c < channels; ++c, pixels += stride_c) {
     for (int32_t v = 0; v < whole; ++v) {
       Vector<A> sum = load(pixels + v * L);
-      for (int32_t t = 0; t < count; ++t) {
-        sum = multiply_add(broadcast(weight[t]), load(rows + index[t] * block + v * L), sum);
-      }
+      for (int t = 0; t < N; ++t) sum = multiply_add(weight[t], load(row[t] + v * L), sum);
       store(pixels + v * L, sum);
     }
     if (whole < vectors) {
       Vector<A> sum = load_part(pixels + whole * L, last_valid);
-      for (int32_t t = 0; t < count; ++t) {
-        sum = multiply_add(broadcast(weight[t]), load(rows + index[t] * block + whole * L), sum);
-      }
+      for (int t = 0; t < N; ++t) sum = multiply_add(weight[t], load(row[t] + whole * L), sum);
       store_part(pixels + whole * L, sum, last_valid);
     }
+    for (int t = 0; t < N; ++t) row[t] += width;
   }
 }
 
@@ -547,14 +612,13 @@ void grad_features_nchw(const GradWork<acc_t<T>>& work) {
     A* expanded = columns + int64_t{vectors} * L * L;
     const int64_t block = int64_t{vectors} * L * L;
     for (int32_t first = 0; first < problem.out_height; first += together) {
-      const int32_t end = first + together < problem.out_height ? first + together
-                                                                : problem.out_height;
+      const int32_t end =
+          first + together < problem.out_height ? first + together : problem.out_height;
       load_cells(from + int64_t{first} * problem.out_width, cells, work.channels, end - first,
                  problem.out_width, gathered);
       for (int32_t i = first; i < end; ++i) {
         const A* row = gathered + (i - first) * row_width;
-#define GLIMPSE_CALL(taps) \
-  expand_row<taps, A>(row, plan.x_transposed, 0, vectors * L, 1, columns)
+#define GLIMPSE_CALL(taps) expand_row<taps, A>(row, plan.x_transposed, 0, vectors * L, 1, columns)
         GLIMPSE_WITH_UNIFORM(plan.x_transposed.uniform, GLIMPSE_CALL)
 #undef GLIMPSE_CALL
         transpose_back(columns, vectors, expanded + i * block);
@@ -564,12 +628,15 @@ void grad_features_nchw(const GradWork<acc_t<T>>& work) {
                      sizeof(A) * static_cast<size_t>(block));  // the zero slot
     for (int32_t r = band.first; r < band.end; ++r) {
       const int32_t tap = rows.tap_begin(r);
-      A* pixels = plane.data + (rows.target[r] - work.first_row) * plane.stride_h +
-                  plan.first_column;
-#define GLIMPSE_CALL(taps)                                                              \
-  add_row<taps, A>(pixels, plane.stride_c, work.channels, expanded, rows.index + tap,   \
-                   rows.weight + tap, rows.tap_end(r) - tap, vectors, plan.last_valid)
-      GLIMPSE_WITH_UNIFORM(rows.uniform, GLIMPSE_CALL)
+      A* pixels =
+          plane.data + (rows.target[r] - work.first_row) * plane.stride_h + plan.first_column;
+      int32_t taps = rows.tap_end(r) - tap;
+      const int32_t* index = rows.index + tap;
+      const A* weight = rows.weight + tap;
+#define GLIMPSE_CALL(n)                                                                       \
+  add_few_rows<n, A>(pixels, plane.stride_c, work.channels, expanded, index, weight, vectors, \
+                     plan.last_valid)
+      GLIMPSE_IN_GROUPS(taps, index, weight, GLIMPSE_CALL)
 #undef GLIMPSE_CALL
     }
   }
@@ -598,31 +665,32 @@ void copy_channels(const P* from, int64_t channels, int32_t vectors, A* to) {
   store(to + last * L, valid == L ? load(from + last * L) : load_part(from + last * L, valid));
 }
 
-/// Adds expanded[cell][slot][c] to one row of pixels.
-template <int Taps, class A>
-void add_pixels(A* pixels, int64_t stride_w, const int32_t* targets, int32_t count,
-                const A* expanded, int64_t block, const int32_t* index, const A* weight,
-                int32_t taps, int32_t vectors, int32_t last_valid) {
+/// Adds the weighted sum of N of the expanded[cell][slot][c] to one row of pixels.
+template <int N, class A>
+void add_few_pixels(A* pixels, int64_t stride_w, const int32_t* targets, int32_t count,
+                    const A* expanded, int64_t block, const int32_t* index, const A* weights,
+                    int32_t vectors, int32_t last_valid) {
   constexpr int L = kLanes<A>;
-  const int32_t tap_count = Taps != 0 ? Taps : taps;
+  Vector<A> weight[N];
+  const A* row[N];
+  for (int t = 0; t < N; ++t) {
+    weight[t] = broadcast(weights[t]);
+    row[t] = expanded + index[t] * block;
+  }
   const int32_t whole = last_valid == L ? vectors : vectors - 1;
-  for (int32_t s = 0; s < count; ++s, expanded += int64_t{vectors} * L) {
+  for (int32_t s = 0; s < count; ++s) {
     A* pixel = pixels + targets[s] * stride_w;
     for (int32_t v = 0; v < whole; ++v) {
       Vector<A> sum = load(pixel + v * L);
-      for (int32_t t = 0; t < tap_count; ++t) {
-        sum = multiply_add(broadcast(weight[t]), load(expanded + index[t] * block + v * L), sum);
-      }
+      for (int t = 0; t < N; ++t) sum = multiply_add(weight[t], load(row[t] + v * L), sum);
       store(pixel + v * L, sum);
     }
     if (whole < vectors) {
       Vector<A> sum = load_part(pixel + whole * L, last_valid);
-      for (int32_t t = 0; t < tap_count; ++t) {
-        sum = multiply_add(broadcast(weight[t]), load(expanded + index[t] * block + whole * L),
-                           sum);
-      }
+      for (int t = 0; t < N; ++t) sum = multiply_add(weight[t], load(row[t] + whole * L), sum);
       store_part(pixel + whole * L, sum, last_valid);
     }
+    for (int t = 0; t < N; ++t) row[t] += int64_t{vectors} * L;
   }
 }
 
@@ -666,11 +734,13 @@ void grad_features_nhwc(const GradWork<acc_t<T>>& work) {
       for (int32_t r = band.first; r < band.end; ++r) {
         const int32_t tap = rows.tap_begin(r);
         A* pixels = plane.data + (rows.target[r] - work.first_row) * plane.stride_h;
-#define GLIMPSE_CALL(taps)                                                                     \
-  add_pixels<taps, A>(pixels, plane.stride_w, columns.target + first, end - first, expanded,   \
-                      block, rows.index + tap, rows.weight + tap, rows.tap_end(r) - tap, vectors, \
-                      last_valid)
-        GLIMPSE_WITH_UNIFORM(rows.uniform, GLIMPSE_CALL)
+        int32_t taps = rows.tap_end(r) - tap;
+        const int32_t* index = rows.index + tap;
+        const A* weight = rows.weight + tap;
+#define GLIMPSE_CALL(n)                                                                       \
+  add_few_pixels<n, A>(pixels, plane.stride_w, columns.target + first, end - first, expanded, \
+                       block, index, weight, vectors, last_valid)
+        GLIMPSE_IN_GROUPS(taps, index, weight, GLIMPSE_CALL)
 #undef GLIMPSE_CALL
       }
     }
@@ -721,14 +791,14 @@ struct CellStrides {
 
 template <class T>
 void add_cell_by_cell(const Problem& problem, const BoxPlan<acc_t<T>>& plan, const Level& level,
-                      const T* window, int64_t stride_x, int64_t channels,
-                      const pooled_t<T>* from, const CellStrides& strides, BoxGradient& sums) {
+                      const T* window, int64_t stride_x, int64_t channels, const pooled_t<T>* from,
+                      const CellStrides& strides, BoxGradient& sums) {
   using A = acc_t<T>;
   for (int64_t c = 0; c < channels; ++c, window += level.stride_c) {
     for (int32_t i = plan.y.first; i < plan.y.end; ++i) {
       for (int32_t j = 0; j < problem.out_width; ++j) {
-        const A g = load_value(from[c * strides.channel +
-                                    (int64_t{i} * problem.out_width + j) * strides.cell]);
+        const A g = load_value(
+            from[c * strides.channel + (int64_t{i} * problem.out_width + j) * strides.cell]);
         for (int32_t ty = plan.y.tap_begin(i); ty < plan.y.tap_end(i); ++ty) {
           const T* row = window + plan.y.index[ty] * level.stride_h;
           A value = 0, along_origin = 0, along_step = 0;
@@ -779,8 +849,7 @@ void grad_boxes_nchw(const BoxWork<acc_t<T>>& work) {
       for (int32_t i = plan.y.first; i < plan.y.end; ++i) {
         load_cells(from + int64_t{i} * problem.out_width, cells, channels, 1, problem.out_width,
                    row);
-#define GLIMPSE_CALL(taps) \
-  expand_row<taps, A>(row, plan.x_transposed, 0, vectors * L, 1, columns)
+#define GLIMPSE_CALL(taps) expand_row<taps, A>(row, plan.x_transposed, 0, vectors * L, 1, columns)
         GLIMPSE_WITH_UNIFORM(plan.x_transposed.uniform, GLIMPSE_CALL)
 #undef GLIMPSE_CALL
         transpose_back(columns, vectors, expanded);
@@ -802,8 +871,8 @@ void grad_boxes_nchw(const BoxWork<acc_t<T>>& work) {
               store(sums_y + at, multiply_add(weight, pixel, load(sums_y + at)));
             }
           }
-          sums.origin[kY] = multiply_add(broadcast(plan.y.slope_origin[t]), product,
-                                         sums.origin[kY]);
+          sums.origin[kY] =
+              multiply_add(broadcast(plan.y.slope_origin[t]), product, sums.origin[kY]);
           sums.step[kY] = multiply_add(broadcast(plan.y.slope_step[t]), product, sums.step[kY]);
         }
         transpose_columns(sums_y, vectors, columns);
@@ -876,8 +945,8 @@ void grad_boxes_nhwc(const BoxWork<acc_t<T>>& work) {
               store(sums_y + at, multiply_add(weight, value, load(sums_y + at)));
             }
           }
-          sums.origin[kY] = multiply_add(broadcast(plan.y.slope_origin[t]), product,
-                                         sums.origin[kY]);
+          sums.origin[kY] =
+              multiply_add(broadcast(plan.y.slope_origin[t]), product, sums.origin[kY]);
           sums.step[kY] = multiply_add(broadcast(plan.y.slope_step[t]), product, sums.step[kY]);
         }
         add_column_slopes(row, sums_y, plan.x, vectors, sums);
@@ -894,7 +963,8 @@ template <class T>
 int64_t sample_scratch(const Problem& problem, const PlanSet<acc_t<T>>& plans) {
   constexpr int64_t L = kLanes<acc_t<T>>;
   if (problem.layout == Layout::kNhwc) return 0;
-  return L * (2 * plans.max_vectors() * L + 1 + int64_t{rows_together(problem)} * problem.out_width);
+  return L *
+         (2 * plans.max_vectors() * L + 1 + int64_t{rows_together(problem)} * problem.out_width);
 }
 
 template <class T>
@@ -941,15 +1011,15 @@ void grad_boxes(const BoxWork<acc_t<T>>& work) {
 template <class T>
 const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, uint8_t>) {
-    static constexpr Kernels<T> table = {kLanes<float>,    sample_scratch<T>, nullptr, grad_boxes_scratch<T>,
-                                         sample<T>,        nullptr,           nullptr, nullptr,
-                                         grad_boxes<T>};
+    static constexpr Kernels<T> table = {
+        kLanes<float>, sample_scratch<T>, nullptr, grad_boxes_scratch<T>, sample<T>,
+        nullptr,       nullptr,           nullptr, grad_boxes<T>};
     return table;
   } else {
     static constexpr Kernels<T> table = {
-        kLanes<acc_t<T>>, sample_scratch<T>,   grad_features_scratch<T>, grad_boxes_scratch<T>,
-        sample<T>,        clear_gradient<T>,   grad_features<T>,         convert_gradient<T>,
-        grad_boxes<T>};
+        kLanes<acc_t<T>>,      sample_scratch<T>,   grad_features_scratch<T>,
+        grad_boxes_scratch<T>, sample<T>,           clear_gradient<T>,
+        grad_features<T>,      convert_gradient<T>, grad_boxes<T>};
     return table;
   }
 }
@@ -961,4 +1031,5 @@ template const Kernels<bfloat16>& kernels();
 template const Kernels<uint8_t>& kernels();
 
 #undef GLIMPSE_WITH_UNIFORM
+#undef GLIMPSE_IN_GROUPS
 #undef GLIMPSE_INLINE

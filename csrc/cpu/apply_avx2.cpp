@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The kernels for AVX2, FMA and F16C. Only code between push_options and pop_options may use them: what
-// the headers above define is shared with files that run everywhere.
+// The kernels for AVX2, FMA and F16C. Only code between push_options and pop_options may use them:
+// what the headers above define is shared with files that run everywhere.
 #if defined(__x86_64__)
 
 #include <immintrin.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The kernels for AVX-512 (F, BW, DQ, VL). Only code between push_options and pop_options may use them: what
-// the headers above define is shared with files that run everywhere.
+// The kernels for AVX-512 (F, BW, DQ, VL). Only code between push_options and pop_options may use
+// them: what the headers above define is shared with files that run everywhere.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -13,7 +13,9 @@
 #define GLIMPSE_VECTOR_BYTES 64
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")

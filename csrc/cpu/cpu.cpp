@@ -67,10 +67,18 @@ template const Kernels<bfloat16>& kernels();
 template const Kernels<uint8_t>& kernels();
 
 const Backend& cpu_backend() {
-  static const Backend backend = {
-      "cpu",      true,              [](const Problem&) -> size_t { return 0; },
-      cpu_sample, cpu_grad_features, cpu_grad_boxes};
+  static const Backend backend = {"cpu",
+                                  true,
+                                  [](const Problem&) -> size_t { return 0; },
+                                  cpu_sample,
+                                  cpu_grad_features,
+                                  cpu_grad_boxes};
   return backend;
 }
 
 }  // namespace glimpse
+
+/// cpu_isa() for whoever has the shared library only.
+extern "C" __attribute__((visibility("default"))) const char* glimpse_cpu_isa() {
+  return glimpse::cpu_isa();
+}

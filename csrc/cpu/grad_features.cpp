@@ -17,10 +17,10 @@ namespace {
 
 /// How the gradient of each level is split.
 struct Split {
-  int64_t block;                // channels
-  int64_t blocks;               // of all channels
-  int32_t band[kMaxLevels];     // rows
-  int64_t bands[kMaxLevels];    // of all rows
+  int64_t block;                  // channels
+  int64_t blocks;                 // of all channels
+  int32_t band[kMaxLevels];       // rows
+  int64_t bands[kMaxLevels];      // of all rows
   int64_t begin[kMaxLevels + 1];  // first task of each level
 };
 
@@ -48,13 +48,12 @@ Split split(const Problem& problem, int64_t lanes, int64_t workers) {
     int64_t rows = std::max<int64_t>((level.height + wanted - 1) / wanted, 16);
     if (kScratch && !nchw) {
       constexpr int64_t kScratchElements = 1 << 19;
-      rows = std::min(rows, std::max<int64_t>(
-                                8, kScratchElements / (result.block * std::max(level.width, 1))));
+      rows = std::min(
+          rows, std::max<int64_t>(8, kScratchElements / (result.block * std::max(level.width, 1))));
     }
     result.band[l] = static_cast<int32_t>(std::min<int64_t>(rows, std::max(level.height, 1)));
     result.bands[l] = (level.height + result.band[l] - 1) / result.band[l];
-    result.begin[l + 1] =
-        result.begin[l] + problem.batch * result.blocks * result.bands[l];
+    result.begin[l + 1] = result.begin[l] + problem.batch * result.blocks * result.bands[l];
   }
   return result;
 }
@@ -127,8 +126,9 @@ void grad_features_typed(const Problem& problem) {
 
 void cpu_grad_features(const Problem& problem) {
   if (problem.channels == 0 || problem.batch == 0) return;
-  with_gradient_type(
-      problem.dtype, [&](auto type) { grad_features_typed<typename decltype(type)::type>(problem); });
+  with_gradient_type(problem.dtype, [&](auto type) {
+    grad_features_typed<typename decltype(type)::type>(problem);
+  });
 }
 
 }  // namespace glimpse

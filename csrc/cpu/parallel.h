@@ -35,8 +35,7 @@ template <class Body>
 void parallel_tasks(int64_t tasks, int64_t workers, const Body& body) {
   std::atomic<int64_t> taken{0};
   const auto next = [&taken] { return taken.fetch_add(1, std::memory_order_relaxed); };
-  parallel_for(0, workers < tasks ? workers : tasks, 1,
-               [&](int64_t, int64_t) { body(next); });
+  parallel_for(0, workers < tasks ? workers : tasks, 1, [&](int64_t, int64_t) { body(next); });
 }
 
 /// Threads that are worth waking for `outputs` numbers.

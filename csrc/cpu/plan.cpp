@@ -98,8 +98,7 @@ Table<A> make_table(const int32_t* start, int32_t first, int32_t end, const int3
   start += first;
   const int32_t rows = end - first;
   table.uniform = uniform_length(start, rows, padding);
-  const int64_t taps =
-      table.uniform != 0 ? int64_t{rows} * table.uniform : start[rows] - start[0];
+  const int64_t taps = table.uniform != 0 ? int64_t{rows} * table.uniform : start[rows] - start[0];
   auto* new_index = arena.allocate<int32_t>(taps);
   auto* new_weight = arena.allocate<A>(taps);
   table.index = new_index;
@@ -168,13 +167,11 @@ class Planner {
       int32_t first = 0, end = rows_.cells();
       while (rows_.start[first + 1] == rows_.start[first]) ++first;
       while (rows_.start[end - 1] == rows_.start[end]) --end;
-      plan.y = make_table(rows_.start.data(), first, end, rows_.pixels.data(),
-                          rows_.weight.data(), 0, pad ? Padding::kSplit : Padding::kNone, 0,
-                          arena_);
+      plan.y = make_table(rows_.start.data(), first, end, rows_.pixels.data(), rows_.weight.data(),
+                          0, pad ? Padding::kSplit : Padding::kNone, 0, arena_);
       plan.x = make_table(columns_.start.data(), 0, columns_.cells(), columns_.pixels.data(),
                           columns_.weight.data(), plan.first_column,
-                          pad ? Padding::kZeroSlot : Padding::kNone, plan.vectors * lanes_,
-                          arena_);
+                          pad ? Padding::kZeroSlot : Padding::kNone, plan.vectors * lanes_, arena_);
       if (purpose_ == Purpose::kGradBoxes) {
         add_slopes(rows_, plan.y);
         add_slopes(columns_, plan.x);
@@ -271,8 +268,8 @@ class Planner {
   Table<A> transposed_window(const BoxPlan<A>& plan) {
     const int32_t count = plan.vectors * lanes_;
     sort_by_pixel(columns_, plan.first_column, count);
-    return make_table(start_.data(), 0, count, cell_.data(), weight_.data(), 0,
-                      Padding::kZeroSlot, columns_.cells(), arena_);
+    return make_table(start_.data(), 0, count, cell_.data(), weight_.data(), 0, Padding::kZeroSlot,
+                      columns_.cells(), arena_);
   }
 
   const A* column_mask(const BoxPlan<A>& plan) {

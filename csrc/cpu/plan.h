@@ -23,13 +23,13 @@ namespace glimpse {
 /// A sparse matrix: row r holds the taps [begin(r), end(r)).
 template <class A>
 struct Table {
-  int32_t first = 0, end = 0;        // rows outside have no taps
-  int32_t uniform = 0;               // taps in each row of [first, end); 0: see `start`
-  const int32_t* start = nullptr;    // [end - first + 1] where rows differ in length
-  const int32_t* target = nullptr;   // transposed tables: the pixel of each row
+  int32_t first = 0, end = 0;       // rows outside have no taps
+  int32_t uniform = 0;              // taps in each row of [first, end); 0: see `start`
+  const int32_t* start = nullptr;   // [end - first + 1] where rows differ in length
+  const int32_t* target = nullptr;  // transposed tables: the pixel of each row
   const int32_t* index = nullptr;
   const A* weight = nullptr;
-  const A* slope_origin = nullptr;   // of grad_boxes only
+  const A* slope_origin = nullptr;  // of grad_boxes only
   const A* slope_step = nullptr;
 
   int32_t tap_begin(int32_t row) const {

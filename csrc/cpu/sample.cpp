@@ -25,7 +25,9 @@ void sample_typed(const Problem& problem) {
     const int64_t end = std::min(problem.boxes, first + kPlanChunk);
     const PlanSet<A> set(problem, Purpose::kSample, first, end, kernel.lanes);
     const int64_t workers = workers_for((end - first) * problem.channels * cells);
-    const int64_t wanted = workers == 1 ? 1 : nchw ? (4 * workers + blocks - 1) / blocks : 16 * workers;
+    const int64_t wanted = workers == 1 ? 1
+                           : nchw       ? (4 * workers + blocks - 1) / blocks
+                                        : 16 * workers;
     const int64_t runs = std::clamp<int64_t>(wanted, 1, end - first);
     const int64_t scratch = kernel.sample_scratch(problem, set);
     parallel_tasks(blocks * runs, workers, [&](const auto& next) {

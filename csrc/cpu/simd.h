@@ -93,8 +93,7 @@ GLIMPSE_INLINE void store(bfloat16* to, Vector<float> v) {
   const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   const Words nan = (bits >> 16) | 0x40u;
   const Words is_nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
-  const Halves halves =
-      __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), Halves);
+  const Halves halves = __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), Halves);
   __builtin_memcpy(to, &halves, sizeof(halves));
 }
 GLIMPSE_INLINE void store(half* to, Vector<float> v) {
@@ -160,8 +159,8 @@ GLIMPSE_INLINE double sum_lanes(Vector<A> v) {
 // Transposes of kLanes x kLanes squares. Shuffles inside 128 bits first, then of 128-bit parts.
 
 #if GLIMPSE_VECTOR_BYTES == 64
-#define GLIMPSE_SHUFFLE_PARTS(a, b, i, j, k, l)                                      \
-  (decltype(a))__builtin_shufflevector((Vector<double>)(a), (Vector<double>)(b), 2 * (i), \
+#define GLIMPSE_SHUFFLE_PARTS(a, b, i, j, k, l)                                                 \
+  (decltype(a))__builtin_shufflevector((Vector<double>)(a), (Vector<double>)(b), 2 * (i),       \
                                        2 * (i) + 1, 2 * (j), 2 * (j) + 1, 2 * (k), 2 * (k) + 1, \
                                        2 * (l), 2 * (l) + 1)
 #endif
@@ -191,9 +190,9 @@ GLIMPSE_INLINE void transpose_parts(V* rows, int stride) {
 }
 
 #if GLIMPSE_VECTOR_BYTES == 64
-#define GLIMPSE_PAIRS(a, b, i, j, k, l)                                                       \
-  __builtin_shufflevector(a, b, i, j, k, l, (i) + 4, (j) + 4, (k) + 4, (l) + 4, (i) + 8,      \
-                          (j) + 8, (k) + 8, (l) + 8, (i) + 12, (j) + 12, (k) + 12, (l) + 12)
+#define GLIMPSE_PAIRS(a, b, i, j, k, l)                                                           \
+  __builtin_shufflevector(a, b, i, j, k, l, (i) + 4, (j) + 4, (k) + 4, (l) + 4, (i) + 8, (j) + 8, \
+                          (k) + 8, (l) + 8, (i) + 12, (j) + 12, (k) + 12, (l) + 12)
 #define GLIMPSE_SINGLES(a, b, i, j) \
   __builtin_shufflevector(a, b, i, j, (i) + 2, (j) + 2, (i) + 4, (j) + 4, (i) + 6, (j) + 6)
 #elif GLIMPSE_VECTOR_BYTES == 32

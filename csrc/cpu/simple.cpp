@@ -183,8 +183,9 @@ void sample(const Problem& problem) {
 }
 
 void grad_features(const Problem& problem) {
-  with_gradient_type(
-      problem.dtype, [&](auto type) { grad_features_typed<typename decltype(type)::type>(problem); });
+  with_gradient_type(problem.dtype, [&](auto type) {
+    grad_features_typed<typename decltype(type)::type>(problem);
+  });
 }
 
 void grad_boxes(const Problem& problem) {
@@ -197,8 +198,7 @@ size_t no_workspace(const Problem&) { return 0; }
 }  // namespace
 
 const Backend& simple_backend() {
-  static const Backend backend = {"simple",      true,          no_workspace,
-                                  sample,        grad_features, grad_boxes};
+  static const Backend backend = {"simple", true, no_workspace, sample, grad_features, grad_boxes};
   return backend;
 }
 

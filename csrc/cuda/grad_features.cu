@@ -11,9 +11,9 @@ namespace glimpse::cuda {
 namespace {
 
 constexpr int64_t kMostBlocks = 2147483647;
-constexpr int64_t kMostCellsX = 1024;  // weights of one box along x must fit in a block
-constexpr int64_t kMostCells = int64_t{1} << 30;
-constexpr size_t kWeightBytes = 16 * 1024;  // aimed at; 2 to 3 blocks then share a multiprocessor
+constexpr size_t kMostSharedBytes = 48 * 1024;  // of a block, without asking for more
+constexpr int32_t kMostCellsHeld = 64;          // along an axis, of boxes that are taken one by one
+constexpr int64_t kMostCells = int64_t{1} << 30;  // cells of a box are counted in 32 bits
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -24,7 +24,12 @@ dim3 blocks_of_256(int64_t items) {
 }
 
 template <class Tile>
-GatherPlan plan_gather(const Problem& problem, int64_t* blocks) {
+size_t weight_bytes(const GatherPlan& plan) {
+  return TileWeights<Tile>::bytes(plan.slots, plan.cells_y, plan.cells_x);
+}
+
+template <class Tile>
+GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* blocks) {
   GatherPlan plan = {};
   plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
   int64_t tiles = 0;
@@ -36,24 +41,25 @@ GatherPlan plan_gather(const Problem& problem, int64_t* blocks) {
   }
   *blocks = tiles * plan.slices;
 
-  // A group of lanes has a lane for each cell, if it can.
   const int32_t cells =
       problem.out_height > problem.out_width ? problem.out_height : problem.out_width;
-  plan.group_shift = cells <= 8 ? 3 : cells <= 16 ? 4 : 5;
-  // Half of the groups of the block build along y and half along x, once.
-  plan.slots = kGatherThreads / 2 >> plan.group_shift;
   plan.cells_y = problem.out_height;
-  const int32_t groups = 32 >> plan.group_shift;
-  while (plan.slots > groups &&
-         TileWeights<Tile>::bytes(plan.slots, plan.cells_y, problem.out_width) > kWeightBytes) {
-    plan.slots /= 2;
+  plan.cells_x = problem.out_width;
+  if (cells > 32) {
+    plan.group_shift = 5;
+    plan.slots = 1;
+    if (plan.cells_y > kMostCellsHeld) plan.cells_y = kMostCellsHeld;
+    if (plan.cells_x > kMostCellsHeld) plan.cells_x = kMostCellsHeld;
+    return plan;
   }
-  if (plan.slots == 1 && plan.cells_y > 32) {
-    const size_t fixed = TileWeights<Tile>::bytes(1, 0, problem.out_width);
-    const size_t row = TileWeights<Tile>::bytes(1, 1, problem.out_width) - fixed;
-    const size_t fit = fixed < kWeightBytes ? (kWeightBytes - fixed) / row : 0;
-    const int32_t rows = fit > 32 ? static_cast<int32_t>(fit) : 32;
-    if (rows < plan.cells_y) plan.cells_y = rows;
+  // A group of lanes has a lane for each cell. Half of the groups of the block build along y and
+  // half along x, once.
+  plan.group_shift = cells <= 8 ? 3 : cells <= 16 ? 4 : 5;
+  plan.slots = kGatherThreads / 2 >> plan.group_shift;
+  const size_t fixed = stage_bytes + fixed_shared_bytes<typename Tile::Number>();
+  const int32_t groups = 32 >> plan.group_shift;
+  while (plan.slots > groups && fixed + weight_bytes<Tile>(plan) > kMostSharedBytes) {
+    plan.slots /= 2;
   }
   return plan;
 }
@@ -61,9 +67,8 @@ GatherPlan plan_gather(const Problem& problem, int64_t* blocks) {
 template <class Tile, class Kernel>
 void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, size_t least_bytes) {
   int64_t blocks = 0;
-  GatherPlan plan = plan_gather<Tile>(problem, &blocks);
-  size_t bytes =
-      stage_bytes + TileWeights<Tile>::bytes(plan.slots, plan.cells_y, problem.out_width);
+  GatherPlan plan = plan_gather<Tile>(problem, stage_bytes, &blocks);
+  size_t bytes = stage_bytes + weight_bytes<Tile>(plan);
   if (bytes < least_bytes) bytes = least_bytes;
   for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
     const int64_t left = blocks - plan.first_block;
@@ -160,8 +165,8 @@ void grad_features(const Problem& problem) {
   const bool wide = problem.dtype == Dtype::kFloat64;
   launch(wide ? footprint_kernel<double> : footprint_kernel<float>, blocks_of_256(problem.boxes),
          256, 0, static_cast<Stream>(problem.stream), problem);
-  if (problem.out_width > kMostCellsX ||
-      int64_t{problem.out_height} * problem.out_width > kMostCells) {
+  if (int64_t{problem.out_height} * problem.out_width > kMostCells ||
+      problem.boxes > kMostGatherBoxes) {
     return wide ? gather_simple<double>(problem) : gather_simple<float>(problem);
   }
   if (problem.layout == Layout::kNhwc) return gather_nhwc(problem);

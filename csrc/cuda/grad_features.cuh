@@ -6,8 +6,15 @@
 
 #include "cuda/device.cuh"
 #include "cuda/pack.cuh"
+#include "half.h"
 #include "problem.h"
 
+/// features = Ay^T * pooled gradient * Ax, summed over boxes. Two launches: the pixels that each
+/// box reads (footprint_kernel), then one of
+///
+///   gather_nhwc_kernel    lanes are neighbouring channels and read gradients with wide loads
+///   gather_nchw_kernel    gradients are staged in shared memory, lanes are channels
+///   gather_simple_kernel  a thread per element; sizes beyond 32-bit counts
 namespace glimpse::cuda {
 
 // Note [Gather backward]
@@ -99,10 +106,10 @@ __device__ __forceinline__ Box<Number> box_on_level(const Problem& problem, int6
   return box;
 }
 
-// ------------------------------------------------------------------------------ storage by number
+// ------------------------------------------------------------------------- elements of any dtype
 
-/// Element `i` of an array of the problem's dtype. The kernels below that are not bound by loads of
-/// such elements take the dtype as a number, so that they are compiled once per kind of sum.
+/// Element `i` of an array of `dtype`, which goes with sums of type Number. Kernels whose time does
+/// not depend on it are compiled once per kind of sum, and learn the dtype while they run.
 template <class Number>
 __device__ __forceinline__ Number load_element(Dtype dtype, const void* data, int64_t i) {
   if constexpr (sizeof(Number) == sizeof(double)) {
@@ -158,7 +165,9 @@ struct GatherPlan {
   int32_t slices;       // of channels
   int32_t group_shift;  // 1 << group_shift lanes build one direction of one box
   int32_t slots;        // boxes whose weights are held at once, a multiple of the groups of a warp
-  int32_t cells_y;      // rows of cells held at once; all of them where slots > 1
+  // Cells of each box that are held at once. All of them, unless there are so many that boxes are
+  // taken one by one.
+  int32_t cells_y, cells_x;
 };
 
 /// Quotient and remainder. Nearly all indices fit in 32 bits, where dividing is 4 times cheaper.
@@ -203,27 +212,28 @@ __device__ __forceinline__ TilePlace place_of_block(const Problem& problem,
 
 constexpr int32_t kScan = 4;  // boxes that a thread looks at before the block agrees on a list
 constexpr int32_t kChunk = kScan * kGatherThreads;
+constexpr int64_t kMostGatherBoxes = 2147483647 - kChunk;  // numbers of boxes are 32-bit here
 
 /// Boxes of a chunk that reach the tile, ascending; in shared memory.
 struct BoxList {
   int32_t size;
   int32_t warp_total[kGatherWarps];
-  uint16_t offset[kChunk];  // box = chunk + offset
+  int32_t box[kChunk];
 };
 
 /// Lists the boxes chunk .. chunk + kChunk - 1 that reach the tile. All threads of the block call
 /// it; barriers inside.
 template <class Tile>
 __device__ __forceinline__ void list_boxes(const Problem& problem, const TilePlace& place,
-                                           int64_t chunk, BoxList* list) {
+                                           int32_t chunk, BoxList* list) {
   const Footprints footprints(problem);
-  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t own_map = place.image * problem.levels + place.level;
+  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int32_t first = warp * 32 * kScan + lane;  // a warp looks at neighbours
   bool hit[kScan];
   GLIMPSE_UNROLL
   for (int32_t i = 0; i < kScan; ++i) {
-    const int64_t k = chunk + first + i * 32;
+    const int32_t k = chunk + i * 32 + first;
     hit[i] = k < problem.boxes && load_readonly(footprints.map + k) == own_map;
   }
   uint32_t hits[kScan];
@@ -231,7 +241,7 @@ __device__ __forceinline__ void list_boxes(const Problem& problem, const TilePla
   GLIMPSE_UNROLL
   for (int32_t i = 0; i < kScan; ++i) {
     if (hit[i]) {
-      const int64_t k = chunk + first + i * 32;
+      const int32_t k = chunk + i * 32 + first;
       const int4 area = load_readonly(reinterpret_cast<const int4*>(footprints.area + k));
       // Differences, because the end of a tile may lie beyond the largest int32.
       hit[i] = area.y >= place.y && area.x - place.y < Tile::kRows && area.w >= place.x &&
@@ -252,7 +262,7 @@ __device__ __forceinline__ void list_boxes(const Problem& problem, const TilePla
   for (int32_t i = 0; i < kScan; ++i) {
     if (hit[i]) {
       const uint32_t lower_lanes = (1u << lane) - 1;
-      list->offset[before + __popc(hits[i] & lower_lanes)] = static_cast<uint16_t>(first + i * 32);
+      list->box[before + __popc(hits[i] & lower_lanes)] = chunk + i * 32 + first;
     }
     before += __popc(hits[i]);
   }
@@ -286,14 +296,13 @@ struct TileWeights {
   static constexpr int32_t kRanges = kGatherWarps + 1 + Tile::kQuads + 1;
 
   NumberQuad* y;  // [slots][cells_y][kCellQuads]
-  NumberQuad* x;  // [slots][out_width][kCellQuads]
+  NumberQuad* x;  // [slots][cells_x][kCellQuads]
   Cells* range;   // [slots][kRanges]: each strip of y, all rows, each quad of x, all columns
 
-  __device__ __forceinline__ TileWeights(const Problem& problem, const GatherPlan& plan,
-                                         char* shared) {
+  __device__ __forceinline__ TileWeights(const GatherPlan& plan, char* shared) {
     y = reinterpret_cast<NumberQuad*>(shared);
     x = y + plan.slots * plan.cells_y * kCellQuads;
-    range = reinterpret_cast<Cells*>(x + plan.slots * problem.out_width * kCellQuads);
+    range = reinterpret_cast<Cells*>(x + plan.slots * plan.cells_x * kCellQuads);
   }
   static size_t bytes(int64_t slots, int64_t cells_y, int64_t cells_x) {
     const int64_t cell = kCellQuads * sizeof(NumberQuad);
@@ -324,14 +333,32 @@ __device__ __forceinline__ void extend(Cells* cells, uint32_t mask, int32_t base
   cells->end = base + highest + 1;
 }
 
-/// Some of the boxes that reach the tile, with their weights in shared memory.
-struct Batch {
-  int64_t chunk;
-  const uint16_t* offset;  // box of a slot = chunk + offset[slot]
-  int32_t count;
-  int32_t first_y;  // weights along y begin with this cell
+/// The cells of boxes that are visited, `step` of them held at a time; in shared memory.
+struct Visit {
+  Cells rows, columns;
+  int32_t step_y, step_x;
+};
 
-  __device__ __forceinline__ int64_t box(int32_t slot) const { return chunk + offset[slot]; }
+/// Some of the boxes that reach the tile, with the weights of some of their cells in shared memory.
+/// Holds no more than what for_each_batch counts: everything else is read when it is needed.
+struct Batch {
+  const BoxList& list;
+  const Visit& visit;
+  int32_t begin;  // in the list
+  int32_t slots;  // at most
+  int32_t y, x;   // the first cell whose weights are held
+
+  __device__ __forceinline__ int32_t count() const { return lesser(list.size - begin, slots); }
+  __device__ __forceinline__ int64_t box(int32_t slot) const { return list.box[begin + slot]; }
+  __device__ __forceinline__ int32_t rows() const {
+    return lesser(visit.rows.end - y, visit.step_y);
+  }
+  __device__ __forceinline__ int32_t columns() const {
+    return lesser(visit.columns.end - x, visit.step_x);
+  }
+
+ private:
+  __device__ __forceinline__ static int32_t lesser(int32_t a, int32_t b) { return a < b ? a : b; }
 };
 
 /// The axis of a box as a tile sees it.
@@ -342,9 +369,9 @@ struct TileLine {
   int32_t first, pixels;  // that the tile owns
 };
 
-/// Builds the weights of a batch, along y from cell batch.first_y on; those along x only with the
-/// first ones. A group of lanes takes one direction of one box, a lane one cell: it walks the
-/// samples of its cell that can touch the tile and adds their taps to its own row of weights.
+/// Builds the weights of a batch. A group of lanes takes one direction of one box, a lane one cell:
+/// it walks the samples of its cell that can touch the tile and adds their taps to its own row of
+/// weights.
 template <class Tile>
 __device__ __forceinline__ void build_weights(const Problem& problem, const GatherPlan& plan,
                                               const TilePlace& place, const Batch& batch,
@@ -357,13 +384,12 @@ __device__ __forceinline__ void build_weights(const Problem& problem, const Gath
   // Groups of y come first, those of x follow; there are at least as many groups as directions of
   // boxes. A warp has one direction only, so everything but the samples is uniform in it.
   const int32_t task = warp * groups;
-  if (task >= (batch.first_y == 0 ? 2 * plan.slots : plan.slots)) return;
+  if (task >= 2 * plan.slots) return;
   const int32_t direction = task < plan.slots ? kY : kX;
   const int32_t slot = (direction == kY ? task : task - plan.slots) + (lane >> plan.group_shift);
-  const int32_t first_cell = direction == kY ? batch.first_y : 0;
-  const int32_t stride = direction == kY ? plan.cells_y : problem.out_width;  // cells of a slot
-  const int32_t left = direction == kY ? problem.out_height - batch.first_y : problem.out_width;
-  const int32_t cells = left < stride ? left : stride;
+  const int32_t first_cell = direction == kY ? batch.y : batch.x;
+  const int32_t cells = direction == kY ? batch.rows() : batch.columns();
+  const int32_t stride = direction == kY ? plan.cells_y : plan.cells_x;
   const int32_t strips = direction == kY ? kGatherWarps : Tile::kQuads;
   const int32_t strip_pixels = direction == kY ? Tile::kWarpRows : kQuad;
   const uint32_t strip_mask = (1u << strip_pixels) - 1;
@@ -375,7 +401,7 @@ __device__ __forceinline__ void build_weights(const Problem& problem, const Gath
   // What a group needs all the time stays in shared memory, because the sums need the registers.
   GLIMPSE_SHARED(TileLine<Number>, lines, [kGatherThreads / 8]);
   TileLine<Number>& own = lines[threadIdx.x >> plan.group_shift];
-  if (slot < batch.count && member == 0) {
+  if (slot < batch.count() && member == 0) {
     const Box<Number> box =
         box_on_level<Number>(problem, batch.box(slot), place.image, place.level);
     own.line = box_axis(problem, box, direction);
@@ -386,12 +412,12 @@ __device__ __forceinline__ void build_weights(const Problem& problem, const Gath
     own.pixels = pixels < owned ? pixels : owned;
     ranges[strips] = {0, 0};
   }
-  if (slot < batch.count && member < strips) ranges[member] = {0, 0};
+  if (slot < batch.count() && member < strips) ranges[member] = {0, 0};
   __syncwarp();
   for (int32_t base = 0; base < cells; base += group) {
     const int32_t cell = base + member;
     uint32_t touched = 0;  // bit i: the cell reads pixel i of the tile
-    if (slot < batch.count && cell < cells) {
+    if (slot < batch.count() && cell < cells) {
       Quad<Number>* quad = table + cell * kQuads;
       auto* weight_of = reinterpret_cast<Number*>(quad);
       GLIMPSE_UNROLL
@@ -488,24 +514,93 @@ struct TileSums {
   }
 };
 
-/// Calls add(batch) until every box that reaches the tile has been in a batch, in order. A box
-/// whose rows of cells do not all fit at once has several batches for itself.
+/// Shared memory of a gather kernel beside its weights and its stage.
+template <class Number>
+constexpr size_t fixed_shared_bytes() {
+  return sizeof(TilePlace) + sizeof(BoxList) + sizeof(Visit) +
+         kGatherThreads / 8 * sizeof(TileLine<Number>) + 64;  // 64: for alignment
+}
+
+/// The cells of an axis that can touch the pixels first_pixel .. last_pixel, and maybe some more.
+/// Positions are monotone, so the cells before and behind them are found by bisection.
+template <class Number>
+__device__ __forceinline__ Cells cells_reaching(const Operator& op, const BoxAxis<Number>& line,
+                                                int32_t first_pixel, int32_t last_pixel) {
+  const Number low = op.reach_low<Number>(first_pixel);
+  const Number high = op.reach_high<Number>(last_pixel, line.size);
+  const bool growing = !(line.axis.step < 0);
+  Cells cells;
+  for (int32_t side = 0; side < 2; ++side) {
+    // Of each cell, the sample that is the last to leave on this side.
+    const int32_t sample = side == 0 ? line.axis.samples - 1 : 0;
+    int32_t begin = side == 0 ? 0 : cells.first, end = line.cells;
+    while (begin < end) {
+      const int32_t middle = begin + (end - begin) / 2;
+      const Number position = line.axis.position(middle, sample);
+      // side 0: the first cell that is not wholly before; side 1: the first one wholly behind.
+      const bool beyond = side == 0 ? (growing ? position >= low : position <= high)
+                                    : (growing ? position > high : position < low);
+      if (beyond) {
+        end = middle;
+      } else {
+        begin = middle + 1;
+      }
+    }
+    (side == 0 ? cells.first : cells.end) = begin;
+  }
+  return cells;
+}
+
+/// The visit of box k where not all of its cells are held: those that reach the tile, some rows at
+/// a time, or, if not even the cells of one row are held, parts of one row at a time.
+template <class Tile>
+__device__ __forceinline__ Visit visit_of_box(const Problem& problem, const GatherPlan& plan,
+                                              const TilePlace& place, int64_t k) {
+  using Number = typename Tile::Number;
+  const Box<Number> box = box_on_level<Number>(problem, k, place.image, place.level);
+  const auto cells_in = [&](int32_t direction, int32_t first, int32_t pixels) {
+    const BoxAxis<Number> line = box_axis(problem, box, direction);
+    const int32_t last = line.size - first < pixels ? line.size - 1 : first + pixels - 1;
+    return cells_reaching(problem.op, line, first, last);
+  };
+  Visit visit;
+  visit.rows = cells_in(kY, place.y, Tile::kRows);
+  visit.columns = cells_in(kX, place.x, Tile::kColumns);
+  visit.step_x = plan.cells_x;
+  visit.step_y = visit.columns.end - visit.columns.first <= plan.cells_x ? plan.cells_y : 1;
+  return visit;
+}
+
+/// Calls add(batch) until every box that reaches the tile has been added, in order.
 template <class Tile, class Add>
 __device__ __forceinline__ void for_each_batch(const Problem& problem, const GatherPlan& plan,
                                                const TilePlace& place,
                                                const TileWeights<Tile>& weights, const Add& add) {
   GLIMPSE_SHARED(BoxList, list, );
-  for (int64_t chunk = 0; chunk < problem.boxes; chunk += kChunk) {
+  GLIMPSE_SHARED(Visit, visit, );
+  const bool whole = plan.cells_y == problem.out_height && plan.cells_x == problem.out_width;
+  if (threadIdx.x == 0) {
+    visit = {{0, problem.out_height}, {0, problem.out_width}, plan.cells_y, plan.cells_x};
+  }
+  const auto boxes = static_cast<int32_t>(problem.boxes);
+  for (int32_t chunk = 0; chunk < boxes; chunk += kChunk) {
     list_boxes<Tile>(problem, place, chunk, &list);
     for (int32_t begin = 0; begin < list.size; begin += plan.slots) {
-      const int32_t left = list.size - begin;
-      const int32_t count = left < plan.slots ? left : plan.slots;
-      for (int32_t first_y = 0; first_y < problem.out_height; first_y += plan.cells_y) {
-        const Batch batch = {chunk, list.offset + begin, count, first_y};
-        build_weights(problem, plan, place, batch, weights);
+      if (!whole) {
+        __syncthreads();  // before the loops below forget the last visit
+        if (threadIdx.x == 0) {
+          visit = visit_of_box<Tile>(problem, plan, place, list.box[begin]);
+        }
         __syncthreads();
-        add(batch);
-        __syncthreads();  // before the next weights take the place of these
+      }
+      for (int32_t y = visit.rows.first; y < visit.rows.end; y += visit.step_y) {
+        for (int32_t x = visit.columns.first; x < visit.columns.end; x += visit.step_x) {
+          const Batch batch = {list, visit, begin, plan.slots, y, x};
+          build_weights(problem, plan, place, batch, weights);
+          __syncthreads();
+          add(batch);
+          __syncthreads();  // before the next weights take the place of these
+        }
       }
     }
   }
@@ -524,7 +619,7 @@ __device__ __forceinline__ void add_batch_nhwc(const Problem& problem, const Gat
   constexpr int32_t kCellQuads = TileWeights<Tile>::kCellQuads;
   const int32_t warp = threadIdx.x >> 5;
   const bool active = channel < problem.channels;
-  for (int32_t slot = 0; slot < batch.count; ++slot) {
+  for (int32_t slot = 0; slot < batch.count(); ++slot) {
     const Cells rows = weights.rows_of_warp(slot, warp);
     const Cells columns = weights.columns_of_tile(slot);
     if (rows.first >= rows.end || columns.first >= columns.end) continue;
@@ -536,7 +631,7 @@ __device__ __forceinline__ void add_batch_nhwc(const Problem& problem, const Gat
         (batch.box(slot) * problem.out_height + rows.first) * problem.out_width + columns.first;
     const T* grad_row = static_cast<const T*>(problem.pooled) + cell * problem.channels + channel;
     const Quad<Number>* weight_y =
-        weights.y + (slot * plan.cells_y + rows.first - batch.first_y) * kCellQuads;
+        weights.y + (slot * plan.cells_y + rows.first - batch.y) * kCellQuads;
     for (int32_t cell_y = rows.first; cell_y < rows.end; ++cell_y) {
       const Number row_weight[1] = {reinterpret_cast<const Number*>(weight_y)[warp]};
       weight_y += kCellQuads;
@@ -544,7 +639,7 @@ __device__ __forceinline__ void add_batch_nhwc(const Problem& problem, const Gat
       grad_row += problem.channels * problem.out_width;
       if (row_weight[0] == 0) continue;
       const Quad<Number>* weight_x =
-          weights.x + (slot * problem.out_width + columns.first) * kCellQuads;
+          weights.x + (slot * plan.cells_x + columns.first - batch.x) * kCellQuads;
       GradPack next = active ? GradPack::load(grad) : GradPack::zero();
       for (int32_t cell_x = columns.first; cell_x < columns.end; ++cell_x) {
         const GradPack current = next;
@@ -570,7 +665,7 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
   GLIMPSE_SHARED(TilePlace, place, );
   if (threadIdx.x == 0) place = place_of_block<Tile>(problem, plan);
   __syncthreads();
-  const TileWeights<Tile> weights(problem, plan, shared);
+  const TileWeights<Tile> weights(plan, shared);
   const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t channel = (int64_t{place.slice} * 32 + lane) * Tile::kVector;
   TileSums<Tile> sums;
@@ -600,7 +695,7 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
 template <class Tile>
 struct Stage {
   using Number = typename Tile::Number;
-  static constexpr int32_t kCells = sizeof(Number) == 8 ? 98 : 196;  // 196 = 14 * 14
+  static constexpr int32_t kCells = sizeof(Number) == 8 ? 96 : 196;  // 196 = 14 * 14
   static constexpr int32_t kStride = kCells + 1;
   static constexpr size_t kBytes = (32 * kStride * sizeof(Number) + 15) / 16 * 16;
 
@@ -695,14 +790,14 @@ __device__ __forceinline__ void add_piece(const Problem& problem, const GatherPl
     const int32_t end = columns.end < piece_x + piece.cells ? columns.end : piece_x + piece.cells;
     if (begin >= end) continue;
     const auto* weight_y = reinterpret_cast<const Number*>(
-        weights.y + (piece.slot * plan.cells_y + cell_y - batch.first_y) * kCellQuads);
+        weights.y + (piece.slot * plan.cells_y + cell_y - batch.y) * kCellQuads);
     Number row_weight[Tile::kWarpRows];
     GLIMPSE_UNROLL
     for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
       row_weight[i] = weight_y[warp * Tile::kWarpRows + i];
     }
     const Quad<Number>* weight_x =
-        weights.x + (piece.slot * problem.out_width + begin) * kCellQuads;
+        weights.x + (piece.slot * plan.cells_x + begin - batch.x) * kCellQuads;
     for (int32_t cell_x = begin; cell_x < end; ++cell_x) {
       const Number value[1] = {channel[cell_x - piece_x]};
       sums.add(value, row_weight, weight_x, cell_x, reads);
@@ -726,13 +821,13 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
   if (threadIdx.x == 0) place = place_of_block<Tile>(problem, plan);
   __syncthreads();
   auto* stage = reinterpret_cast<Number*>(shared);
-  const TileWeights<Tile> weights(problem, plan, shared + Stage<Tile>::kBytes);
+  const TileWeights<Tile> weights(plan, shared + Stage<Tile>::kBytes);
   TileSums<Tile> sums;
   sums.clear();
   for_each_batch(problem, plan, place, weights, [&](const Batch& batch) {
     RunStart start = {0, 0};
-    while (start.slot < batch.count) {
-      for_each_piece(weights, problem.out_width, batch.count, start, [&](const Piece& piece) {
+    while (start.slot < batch.count()) {
+      for_each_piece(weights, problem.out_width, batch.count(), start, [&](const Piece& piece) {
         const int64_t first_channel = int64_t{place.slice} * 32;
         const int64_t box = batch.box(piece.slot);
         if constexpr (sizeof(Number) == sizeof(double)) {
@@ -748,7 +843,7 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
       copy_async_wait_all();
       __syncthreads();
       start =
-          for_each_piece(weights, problem.out_width, batch.count, start, [&](const Piece& piece) {
+          for_each_piece(weights, problem.out_width, batch.count(), start, [&](const Piece& piece) {
             add_piece(problem, plan, weights, batch, piece, stage, sums);
           });
       __syncthreads();  // before the next run takes the place of this one
@@ -794,9 +889,8 @@ __device__ __forceinline__ Number pixel_weight(const Operator& op, const BoxAxis
   return sum * sample_factor(line.axis);
 }
 
-/// Thread: one element of a gradient at a time; nothing is shared. The formula as it stands, for
-/// any sizes, and what the kernels above are compared with: they add the same numbers in the same
-/// order.
+/// Thread: one element of a gradient at a time; nothing is shared. The formula as it stands, and
+/// what the kernels above are compared with: they add the same numbers in the same order.
 template <class Number>
 __global__ void __launch_bounds__(256, 2)
     gather_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
@@ -825,10 +919,12 @@ __global__ void __launch_bounds__(256, 2)
         const Box<Number> box = box_on_level<Number>(problem, k, image, l);
         const BoxAxis<Number> along_y = box_axis(problem, box, kY);
         const BoxAxis<Number> along_x = box_axis(problem, box, kX);
-        for (int32_t cell_y = 0; cell_y < problem.out_height; ++cell_y) {
+        const Cells rows = cells_reaching(problem.op, along_y, y, y);
+        const Cells columns = cells_reaching(problem.op, along_x, x, x);
+        for (int32_t cell_y = rows.first; cell_y < rows.end; ++cell_y) {
           const Number weight_y = pixel_weight(problem.op, along_y, cell_y, y);
           if (weight_y == 0) continue;
-          for (int32_t cell_x = 0; cell_x < problem.out_width; ++cell_x) {
+          for (int32_t cell_x = columns.first; cell_x < columns.end; ++cell_x) {
             const Number weight_x = pixel_weight(problem.op, along_x, cell_x, x);
             if (weight_x == 0) continue;
             const int64_t cell = int64_t{cell_y} * problem.out_width + cell_x;

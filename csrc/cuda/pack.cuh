@@ -64,7 +64,9 @@ struct Pack {
 
   __device__ __forceinline__ void store(T* target) const {
     if constexpr (kCount == 1) {
-      memcpy(target, &word, sizeof(T));
+      T value;
+      memcpy(&value, &word, sizeof(T));
+      *target = value;  // a memcpy to memory would store byte by byte
     } else {
       *reinterpret_cast<Word*>(target) = word;
     }

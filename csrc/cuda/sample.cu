@@ -55,7 +55,6 @@ int aligned_channels(const Problem& problem) {
 
 template <class T, int kChannels>
 bool sample_nhwc(const Problem& problem) {
-  constexpr int kThreads = 256;
   // Work of a warp where boxes are plenty: long enough to pay for the tables.
   constexpr int64_t kMostCells = 32;
   // Blocks that keep a large GPU busy. Fewer boxes are divided further.
@@ -76,7 +75,7 @@ bool sample_nhwc(const Problem& problem) {
     --plan.lanes_log2;
   }
   const int64_t lanes = int64_t{1} << plan.lanes_log2;
-  const int64_t workers = kThreads / lanes;
+  const int64_t workers = kNhwcThreads / lanes;
   const int64_t cells = int64_t{problem.out_height} * problem.out_width;
   const int64_t slices = divide_up(problem.channels, lanes * kChannels);
   int64_t run = divide_up(cells, workers);
@@ -87,7 +86,7 @@ bool sample_nhwc(const Problem& problem) {
   }
   plan.cells_per_worker = static_cast<int32_t>(run);
   const int64_t needed_threads = divide_up(divide_up(cells, run) * lanes, 32) * 32;
-  const int64_t threads = needed_threads < kThreads ? needed_threads : kThreads;
+  const int64_t threads = needed_threads < kNhwcThreads ? needed_threads : kNhwcThreads;
   const int64_t groups = divide_up(divide_up(cells, run) * lanes, threads);
   if (problem.boxes > kMostGridX || slices > kMostGridY || groups > kMostGridY) return false;
   launch(sample_nhwc_kernel<T, kChannels>,

@@ -19,8 +19,8 @@
 ///   sample_nchw_kernel    the window of a box is staged in shared memory, lanes are channels
 ///
 /// Each takes the whole Problem: the levels of a pyramid are one launch. Every output is written
-/// once, also the zeros of boxes that read nothing. An output depends on its own box only, and adds
-/// its taps in the order of the rows, y outside and x inside.
+/// once, also the zeros of boxes that read nothing. An output depends on its own box only, and the
+/// order of its sum on nothing but the taps of its cell.
 namespace glimpse::cuda {
 
 // ------------------------------------------------------------------------------------------ simple
@@ -61,6 +61,9 @@ __global__ void __launch_bounds__(256) sample_simple_kernel(GLIMPSE_GRID_CONSTAN
 }
 
 // -------------------------------------------------------------------------------------------- NHWC
+
+// Seven warps share 7 or 14 rows of cells evenly, and four such blocks leave 72 registers a thread.
+constexpr int32_t kNhwcThreads = 224;
 
 /// How sample_nhwc_kernel divides a box: grid (box, slice of channels, group of workers).
 struct NhwcPlan {
@@ -129,7 +132,7 @@ __device__ __forceinline__ void add_columns(const typename Pack<T, kChannels>::W
 /// that its next cell finds the pixels it shares with this one in L1. A lane owns kChannels
 /// channels, and weights are the same in all lanes of a worker.
 template <class T, int kChannels>
-__global__ void __launch_bounds__(256, 4)
+__global__ void __launch_bounds__(kNhwcThreads, 4)
     sample_nhwc_kernel(GLIMPSE_GRID_CONSTANT Problem problem, GLIMPSE_GRID_CONSTANT NhwcPlan plan) {
   GLIMPSE_DYNAMIC_SHARED(shared);
   const int64_t k = blockIdx.x;
@@ -190,7 +193,11 @@ __global__ void __launch_bounds__(256, 4)
           add_columns<T, kChannels, 4>(packs, pitch_y, pitch_x, tap_y, end_y, tap_x, sum);
       }
     }
-    Pack<T, kChannels>::from(sum).store(pooled);
+    if constexpr (kChannels == 1) {
+      *pooled = Store<T>::from(sum[0]);
+    } else {
+      Pack<T, kChannels>::from(sum).store(pooled);
+    }
     pooled += problem.channels;
     if (++row_x == tables.row_x + cells_x) {
       row_x = tables.row_x;
@@ -223,7 +230,7 @@ constexpr int32_t kNchwSharedBytes = 48 * 1024;  // four blocks where there are 
 struct NchwPlan {
   TableShape tables;
   int32_t channels_per_block;
-  int32_t most_lanes;  // channels staged at a time; a power of two up to 32
+  int32_t most_lanes_log2;  // channels staged at a time; a power of two up to 32
   // Bytes from the start of the shared memory; the tables come first.
   int32_t opened;        // Row per row: the lines that it opens
   int32_t shared_until;  // int32_t per row, see open_lines
@@ -240,9 +247,17 @@ inline NchwPlan nchw_plan(const Problem& problem) {
   NchwPlan plan;
   plan.tables = table_shape(problem, kNchwMostTaps);
   const int32_t rows = plan.tables.rows();
-  plan.channels_per_block = 64;
-  plan.most_lanes = 32;
-  while (plan.most_lanes > 1 && plan.most_lanes / 2 >= problem.channels) plan.most_lanes /= 2;
+  plan.most_lanes_log2 = 5;
+  while (plan.most_lanes_log2 > 0 && 1 << (plan.most_lanes_log2 - 1) >= problem.channels) {
+    --plan.most_lanes_log2;
+  }
+  // As many channels for the price of one set of tables as leave enough blocks for a large GPU.
+  constexpr int64_t kEnoughBlocks = 1536;
+  plan.channels_per_block = 256;
+  while (plan.channels_per_block > 32 &&
+         problem.boxes * ((problem.channels - 1) / plan.channels_per_block + 1) < kEnoughBlocks) {
+    plan.channels_per_block /= 2;
+  }
   plan.opened = static_cast<int32_t>(plan.tables.bytes<float, false>());
   plan.shared_until = plan.opened + rows * static_cast<int32_t>(sizeof(Row));
   plan.line = plan.shared_until + rows * kWord;
@@ -308,19 +323,17 @@ __device__ __forceinline__ void place_taps(Tap<float>* tap, Row row, int32_t sha
   }
 }
 
-/// Walks index, index + step, ... over a grid `width` wide without dividing more than once.
-struct GridWalk {
+/// A position in a grid that is walked row by row.
+struct GridStep {
   int32_t y, x;
-  int32_t step_y, step_x, width;
 
-  __device__ __forceinline__ GridWalk(int32_t index, int32_t step, int32_t grid_width)
-      : y(index / grid_width), step_y(step / grid_width), width(grid_width) {
-    x = index - y * width;
-    step_x = step - step_y * width;
-  }
-  __device__ __forceinline__ void next() {
-    y += step_y;
-    x += step_x;
+  __device__ __forceinline__ GridStep(int32_t index, int32_t width)
+      : y(index / width), x(index - y * width) {}
+
+  /// index += step.
+  __device__ __forceinline__ void add(const GridStep& step, int32_t width) {
+    y += step.y;
+    x += step.x;
     if (x >= width) {
       x -= width;
       ++y;
@@ -423,10 +436,12 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
   const int32_t lines_y = opened[cells_y].first;
   const int32_t lines_x = *lines - lines_y;
   const int32_t pixels = lines_y * lines_x;
-  int32_t chunk = plan.most_lanes;
-  while (chunk > 0 && pixels * (chunk | 1) > plan.window_words) chunk /= 2;
+  int32_t chunk_log2 = plan.most_lanes_log2;  // -1 where not even one channel fits
+  while (chunk_log2 >= 0 && pixels * (1 << chunk_log2 | 1) > plan.window_words) --chunk_log2;
 
-  if (chunk == 0 || !tables.fit) {
+  const auto stride_y = static_cast<int32_t>(level.stride_h);
+  const auto stride_x = static_cast<int32_t>(level.stride_w);
+  if (chunk_log2 < 0 || !tables.fit) {
     for (int32_t i = thread; i < channels * cells; i += kNchwThreads) {
       const int32_t channel = i / cells, cell = i - channel * cells;
       const int32_t cell_y = cell / cells_x, cell_x = cell - cell_y * cells_x;
@@ -436,32 +451,32 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
         const Row row_y = tables.row_y[cell_y], row_x = tables.row_x[cell_x];
         GLIMPSE_NO_UNROLL
         for (int32_t y = row_y.first; y < row_y.first + row_y.count; ++y) {
-          const T* row = plane + tap[y].pixel * level.stride_h;
+          const T* row = plane + tap[y].pixel * stride_y;
           float row_sum = 0.0f;
           GLIMPSE_NO_UNROLL
           for (int32_t x = row_x.first; x < row_x.first + row_x.count; ++x) {
-            row_sum += tap[x].weight * load_value(row[tap[x].pixel * level.stride_w]);
+            row_sum += tap[x].weight * load_value(row[tap[x].pixel * stride_x]);
           }
           sum += tap[y].weight * row_sum;
         }
       } else {
-        sum = cell_value(problem.op, tables.axis[kY], tables.axis[kX], cell_y, cell_x,
-                         [&](int32_t y, int32_t x) {
-                           return load_value(plane[y * level.stride_h + x * level.stride_w]);
-                         });
+        sum = cell_value(
+            problem.op, tables.axis[kY], tables.axis[kX], cell_y, cell_x,
+            [&](int32_t y, int32_t x) { return load_value(plane[y * stride_y + x * stride_x]); });
       }
       pooled[i] = Store<T>::from(sum);
     }
     return;
   }
 
+  const int32_t chunk = 1 << chunk_log2;
   const int32_t pitch = chunk | 1;
   const int32_t pitch_bytes = pitch * static_cast<int32_t>(sizeof(float));
   for (int32_t i = thread; i < rows; i += kNchwThreads) {
     const bool is_y = i < cells_y;
     detail::place_taps(tap, tables.row_y[i], shared_until[i], opened[i].first, is_y ? 0 : lines_y,
-                       is_y ? lines_x * pitch_bytes : pitch_bytes,
-                       static_cast<int32_t>(is_y ? level.stride_h : level.stride_w), line);
+                       is_y ? lines_x * pitch_bytes : pitch_bytes, is_y ? stride_y : stride_x,
+                       line);
   }
   __syncthreads();
 
@@ -473,10 +488,16 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
   const int32_t group_channel = warp % group;
   const int32_t first_pixel = warp / group * 32 + lane;
   const int32_t pixel_step = kWarps / group * 32;
-  const int32_t channel = thread % chunk;
+  const detail::GridStep first_place(first_pixel, lines_x > 0 ? lines_x : 1);
+  const detail::GridStep place_step(pixel_step, lines_x > 0 ? lines_x : 1);
+  const int32_t channel = thread & (chunk - 1);
   const char* own_window = shared + plan.window + channel * static_cast<int32_t>(sizeof(float));
-  const int32_t cell_step = kNchwThreads / chunk;
-  const int32_t batches = (cells + kNchwTileWords / chunk - 2) / (kNchwTileWords / chunk - 1);
+  const int32_t first_cell = thread >> chunk_log2;
+  const int32_t cell_step = kNchwThreads >> chunk_log2;
+  const detail::GridStep cell_place_step(cell_step, cells_x);
+  // Cells that the tile holds, one less where that makes the pitch odd; in batches of equal size.
+  const int32_t most_cells = (kNchwTileWords >> chunk_log2) - 1;
+  const int32_t batches = (cells + most_cells - 1) / most_cells;
   const int32_t batch = (cells + batches - 1) / batches;
   const int32_t tile_pitch = batch | 1;
 
@@ -486,9 +507,9 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
     if (pixels > 0) {
       const T* first_source = image + (chunk_first + group_channel) * level.stride_c;
       const int64_t step = group * level.stride_c;
-      detail::GridWalk walk(first_pixel, pixel_step, lines_x);
+      detail::GridStep place = first_place;
       for (int32_t pixel = first_pixel; pixel < pixels; pixel += pixel_step) {
-        const T* source = first_source + (line[walk.y] + line[lines_y + walk.x]);
+        const T* source = first_source + (line[place.y] + line[lines_y + place.x]);
         float* target = window + pixel * pitch + group_channel;
         int32_t c = group_channel;
         GLIMPSE_NO_UNROLL
@@ -503,7 +524,7 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
           target += group;
           source += step;
         }
-        walk.next();
+        place.add(place_step, lines_x);
       }
     }
     copy_async_wait_all();
@@ -512,10 +533,10 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
     for (int32_t batch_first = 0; batch_first < cells; batch_first += batch) {
       const int32_t batch_end = batch_first + batch < cells ? batch_first + batch : cells;
       if (channel < live) {
-        int32_t cell = batch_first + thread / chunk;
-        detail::GridWalk walk(cell, cell_step, cells_x);
+        int32_t cell = batch_first + first_cell;
+        detail::GridStep place(cell, cells_x);
         for (; cell < batch_end; cell += cell_step) {
-          const Row row_y = tables.row_y[walk.y], row_x = tables.row_x[walk.x];
+          const Row row_y = tables.row_y[place.y], row_x = tables.row_x[place.x];
           const Tap<float>* tap_y = tap + row_y.first;
           const Tap<float>* end_y = tap_y + row_y.count;
           const Tap<float>* tap_x = tap + row_x.first;
@@ -537,7 +558,7 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
             }
           }
           tile[channel * tile_pitch + cell - batch_first] = sum;
-          walk.next();
+          place.add(cell_place_step, cells_x);
         }
       }
       __syncthreads();

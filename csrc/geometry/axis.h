@@ -19,16 +19,14 @@ struct Axis {
   T origin;
   T step;
   T phase;
-  int32_t samples;  // in each cell; 0: the cell reads nothing
+  int32_t samples;         // in each cell; 0: the cell reads nothing
   T origin_lo, origin_hi;  // d origin / d lo, d origin / d hi
   T step_lo, step_hi;      // d step / d lo, d step / d hi
 
   /// Rounds left to right as written; see Note [One arithmetic for both devices].
   GLIMPSE_HD T position(int32_t cell, int32_t sample) const {
     using R = Rounded<T>;
-    return (R(origin) + R(cell) * R(step) +
-            (R(sample) + R(phase)) * R(step) / R(samples))
-        .value;
+    return (R(origin) + R(cell) * R(step) + (R(sample) + R(phase)) * R(step) / R(samples)).value;
   }
 
   /// d position / d step of a sample; d position / d origin is 1.

@@ -23,8 +23,8 @@ struct RoiAlign {
 
   template <class T>
   GLIMPSE_HD Axis<T> axis(int32_t direction, const T* box, T scale, int32_t cells) const {
-    return roi_align_axis(box[lo_column(direction)], box[hi_column(direction)], scale,
-                          aligned != 0, sampling_ratio, cells);
+    return roi_align_axis(box[lo_column(direction)], box[hi_column(direction)], scale, aligned != 0,
+                          sampling_ratio, cells);
   }
 };
 

@@ -29,14 +29,13 @@ struct Rounded {
 };
 
 #if defined(__CUDA_ARCH__)
-#define GLIMPSE_ROUNDED_OPERATOR(symbol, single_intrinsic, double_intrinsic)            \
-  __device__ __forceinline__ Rounded<float> operator symbol(Rounded<float> a,           \
-                                                            Rounded<float> b) {         \
-    return Rounded<float>(single_intrinsic(a.value, b.value));                          \
-  }                                                                                     \
-  __device__ __forceinline__ Rounded<double> operator symbol(Rounded<double> a,         \
-                                                             Rounded<double> b) {       \
-    return Rounded<double>(double_intrinsic(a.value, b.value));                         \
+#define GLIMPSE_ROUNDED_OPERATOR(symbol, single_intrinsic, double_intrinsic)                      \
+  __device__ __forceinline__ Rounded<float> operator symbol(Rounded<float> a, Rounded<float> b) { \
+    return Rounded<float>(single_intrinsic(a.value, b.value));                                    \
+  }                                                                                               \
+  __device__ __forceinline__ Rounded<double> operator symbol(Rounded<double> a,                   \
+                                                             Rounded<double> b) {                 \
+    return Rounded<double>(double_intrinsic(a.value, b.value));                                   \
   }
 GLIMPSE_ROUNDED_OPERATOR(+, __fadd_rn, __dadd_rn)
 GLIMPSE_ROUNDED_OPERATOR(-, __fsub_rn, __dsub_rn)

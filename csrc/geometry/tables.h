@@ -27,8 +27,7 @@ struct Weighting {
   /// Motion of `axis` when its box edges move by lo_tangent and hi_tangent.
   GLIMPSE_HD static Weighting along(const Axis<T>& axis, T lo_tangent, T hi_tangent) {
     using R = Rounded<T>;
-    return {true,
-            (R(axis.origin_lo) * R(lo_tangent) + R(axis.origin_hi) * R(hi_tangent)).value,
+    return {true, (R(axis.origin_lo) * R(lo_tangent) + R(axis.origin_hi) * R(hi_tangent)).value,
             (R(axis.step_lo) * R(lo_tangent) + R(axis.step_hi) * R(hi_tangent)).value};
   }
 
@@ -129,9 +128,11 @@ GLIMPSE_HD int32_t row_capacity(const Operator& op, const Axis<T>& axis, int32_t
     --range.end;
   }
   if (range.first >= range.end) return 0;
-  int32_t low = first.pixel[0] < last.pixel[0] ? first.pixel[0] : last.pixel[0];
-  const int32_t first_high = first.pixel[first.count - 1];
-  const int32_t last_high = last.pixel[last.count - 1];
+  const int32_t low = first.pixel[0] < last.pixel[0] ? first.pixel[0] : last.pixel[0];
+  // Not pixel[count - 1]: an index that the compiler cannot know puts the taps on the device's
+  // stack.
+  const int32_t first_high = first.count == 2 ? first.pixel[1] : first.pixel[0];
+  const int32_t last_high = last.count == 2 ? last.pixel[1] : last.pixel[0];
   const int32_t high = first_high > last_high ? first_high : last_high;
   const int32_t run = high - low + 1;
   const int32_t kept = range.end - range.first;

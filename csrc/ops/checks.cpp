@@ -93,9 +93,8 @@ void check_features(const char* name, const std::vector<Tensor>& features, int64
     const Tensor& map = features[i];
     check(map.dim() == 4, name, "input must be [N, C, H, W], got ", describe_shape(map));
     storage_dtype(name, map.scalar_type());
-    check(map.scalar_type() == first.scalar_type(), name,
-          "feature maps must have one dtype, got ", describe_dtype(first.scalar_type()), " and ",
-          describe_dtype(map.scalar_type()));
+    check(map.scalar_type() == first.scalar_type(), name, "feature maps must have one dtype, got ",
+          describe_dtype(first.scalar_type()), " and ", describe_dtype(map.scalar_type()));
     check(map.size(0) == first.size(0) && map.size(1) == first.size(1), name,
           "feature maps must have one batch size and channel count, got ", describe_shape(first),
           " and ", describe_shape(map));
@@ -107,8 +106,8 @@ void check_features(const char* name, const std::vector<Tensor>& features, int64
   }
 }
 
-void check_boxes(const char* name, const Tensor& boxes,
-                 const std::optional<Tensor>& image_index, const Tensor& like) {
+void check_boxes(const char* name, const Tensor& boxes, const std::optional<Tensor>& image_index,
+                 const Tensor& like) {
   if (image_index.has_value()) {
     check(boxes.dim() == 2 && boxes.size(1) == 4, name,
           "boxes must be [K, 4] (x1, y1, x2, y2) beside an image index, got ",
@@ -155,8 +154,8 @@ void check_image_index_as(const char* name, const Problem& problem) {
       index = static_cast<double>(value);
       valid = value > T(-1) && value < static_cast<T>(problem.batch);
     }
-    check(valid, name, "box ", k, " refers to image ", index, ", but the input has ",
-          problem.batch, problem.batch == 1 ? " image" : " images");
+    check(valid, name, "box ", k, " refers to image ", index, ", but the input has ", problem.batch,
+          problem.batch == 1 ? " image" : " images");
   }
 }
 

@@ -43,8 +43,8 @@ std::string describe_device(const Tensor& tensor);
 void check_features(const char* name, const std::vector<Tensor>& features, int64_t boxes);
 
 /// Boxes: [K, 5] (image, x1, y1, x2, y2), or [K, 4] with an image index apart.
-void check_boxes(const char* name, const Tensor& boxes,
-                 const std::optional<Tensor>& image_index, const Tensor& like);
+void check_boxes(const char* name, const Tensor& boxes, const std::optional<Tensor>& image_index,
+                 const Tensor& like);
 
 /// A [K] integer tensor on the same device.
 void check_index(const char* name, const char* what, const Tensor& index, int64_t boxes,

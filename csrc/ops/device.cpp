@@ -27,9 +27,9 @@ void* current_stream(int32_t device) {
   using GetStream = int32_t (*)(int32_t, void**);
   static const GetStream get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<GetStream>(
-                                    dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   void* stream = nullptr;
   if (get_stream == nullptr || get_stream(device, &stream) != 0) {

@@ -65,8 +65,8 @@ Tensor sample_entry(std::vector<Tensor> features, Tensor boxes, std::optional<Te
                     int64_t tangent_axes, std::vector<int64_t> output_size, int64_t kind,
                     std::vector<double> params, std::vector<double> scales,
                     std::vector<double> level_rule) {
-  return sample(decode(boxes, image_index, levels, tangent, tangent_axes, output_size, kind,
-                       params, scales, level_rule),
+  return sample(decode(boxes, image_index, levels, tangent, tangent_axes, output_size, kind, params,
+                       scales, level_rule),
                 features);
 }
 
@@ -75,8 +75,8 @@ std::vector<Tensor> sample_grad_features_entry(
     std::optional<Tensor> tangent, int64_t tangent_axes, std::vector<int64_t> output_size,
     int64_t kind, std::vector<double> params, std::vector<double> scales,
     std::vector<double> level_rule, std::vector<int64_t> sizes, bool channels_last) {
-  return sample_grad_features(decode(boxes, image_index, levels, tangent, tangent_axes,
-                                     output_size, kind, params, scales, level_rule),
+  return sample_grad_features(decode(boxes, image_index, levels, tangent, tangent_axes, output_size,
+                                     kind, params, scales, level_rule),
                               grad, sizes, channels_last);
 }
 
@@ -109,7 +109,7 @@ STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CUDA, m) { register_kernels(m); }
 
 // Sampling arguments of the generic operators, which carry every derivative of the named ones:
 // tangent_axes says which axes (1: y, 2: x) use the derivative of their weights along `tangent`.
-#define GLIMPSE_SAMPLING_SCHEMA                                                              \
+#define GLIMPSE_SAMPLING_SCHEMA                                                            \
   "Tensor boxes, Tensor? image_index, Tensor? levels, Tensor? tangent, int tangent_axes, " \
   "SymInt[] output_size, int op, float[] params, float[] scales, float[] level_rule"
 

@@ -30,8 +30,7 @@ MemoryFormat memory_format(Layout layout) {
   return layout == Layout::kNhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type,
-                  Layout layout) {
+Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout) {
   return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(),
                               std::nullopt, memory_format(layout));
 }

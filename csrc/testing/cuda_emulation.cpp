@@ -325,23 +325,73 @@ struct Warp {
 /// Thrown into waiting threads to unwind them after a failure elsewhere.
 struct Cancelled {};
 
-/// What can run next: first in, first out for seed 0, else drawn at random.
+/// Note [Order of threads]
+/// Seed 0 is first in, first out. Even seeds draw among all threads that can run, so that threads
+/// meet in every constellation, but none gets far ahead of the others. Odd seeds draw an order of
+/// the warps for each block and always continue the first one that can run: it goes as far as
+/// barriers let it before the next one starts, as a warp can whose neighbours wait for memory.
 class ReadyList {
  public:
-  void clear() { head_ = size_ = 0; }
+  void begin_block(uint64_t seed, unsigned threads, uint64_t draw) {
+    mode_ = seed == 0 ? Mode::kInOrder : seed % 2 == 0 ? Mode::kAnyThread : Mode::kWarpFirst;
+    head_ = size_ = 0;
+    warps_ready_ = 0;
+    const unsigned warps = (threads + kWarp - 1) / kWarp;
+    for (unsigned i = 0; i < warps; ++i) {
+      lanes_ready_[i] = 0;
+      const auto place = static_cast<unsigned>(draw % (i + 1));
+      draw = draw * 0x9e3779b97f4a7c15ull >> 3;
+      warp_at_[i] = warp_at_[place];
+      warp_at_[place] = i;
+    }
+    for (unsigned i = 0; i < warps; ++i) place_of_[warp_at_[i]] = i;
+  }
+
   bool empty() const { return size_ == 0; }
-  void push(unsigned thread) { ring_[(head_ + size_++) % kMaxThreads] = thread; }
-  unsigned pop(bool random, uint64_t draw) {
-    unsigned& front = ring_[head_];
-    if (random) std::swap(front, ring_[(head_ + draw % size_) % kMaxThreads]);
-    head_ = (head_ + 1) % kMaxThreads;
+
+  void push(unsigned thread) {
+    if (mode_ == Mode::kWarpFirst) {
+      lanes_ready_[thread / kWarp] |= 1u << thread % kWarp;
+      warps_ready_ |= 1u << place_of_[thread / kWarp];
+    } else {
+      ring_[(head_ + size_) % kMaxThreads] = thread;
+    }
+    ++size_;
+  }
+
+  unsigned pop(uint64_t draw) {
     --size_;
+    if (mode_ == Mode::kWarpFirst) {
+      const auto place = static_cast<unsigned>(__builtin_ctz(warps_ready_));
+      const unsigned warp = warp_at_[place];
+      unsigned& lanes = lanes_ready_[warp];
+      const auto turn = static_cast<unsigned>(draw % kWarp);
+      const unsigned turned = lanes >> turn | lanes << (kWarp - turn) % kWarp;
+      const unsigned lane = (static_cast<unsigned>(__builtin_ctz(turned)) + turn) % kWarp;
+      lanes &= ~(1u << lane);
+      if (lanes == 0) warps_ready_ &= ~(1u << place);
+      return warp * kWarp + lane;
+    }
+    unsigned& front = ring_[head_];
+    if (mode_ == Mode::kAnyThread) {
+      std::swap(front, ring_[(head_ + draw % (size_ + 1)) % kMaxThreads]);
+    }
+    head_ = (head_ + 1) % kMaxThreads;
     return front;
   }
 
  private:
+  enum class Mode { kInOrder, kAnyThread, kWarpFirst };
+  static constexpr unsigned kMostWarps = kMaxThreads / kWarp;
+  static_assert(kMostWarps <= 32, "one bit per warp");
+
+  Mode mode_ = Mode::kInOrder;
+  unsigned size_ = 0;
   unsigned ring_[kMaxThreads];
-  unsigned head_ = 0, size_ = 0;
+  unsigned head_ = 0;
+  unsigned warp_at_[kMostWarps], place_of_[kMostWarps];  // the order of the warps and its inverse
+  unsigned warps_ready_ = 0;                             // by place
+  unsigned lanes_ready_[kMostWarps];
 };
 
 /// Memory that the block shares. Each piece is followed by a guard: under AddressSanitizer any
@@ -634,7 +684,7 @@ class Engine {
   void run_block() {
     if (thread_.size() < threads_) thread_.resize(threads_);
     warp_.resize((threads_ + kWarp - 1) / kWarp);
-    ready_.clear();
+    ready_.begin_block(seed, threads_, draw());
     for (unsigned i = 0; i < threads_; ++i) {
       Thread& thread = thread_[i];
       thread.waits_at = nullptr;
@@ -648,7 +698,7 @@ class Engine {
     ++races::now.block_phase;
     failed_ = false;
     failure_.clear();
-    shared_.begin_block(seed % 2 == 0 ? 0xff : 0xcd);
+    shared_.begin_block(seed / 2 % 2 == 0 ? 0xff : 0xcd);
 
     start_or_continue(pop());
 
@@ -714,7 +764,7 @@ class Engine {
     thread_[self].waits_at = nullptr;
   }
 
-  unsigned pop() { return ready_.pop(seed != 0, draw()); }
+  unsigned pop() { return ready_.pop(draw()); }
 
   void enter(unsigned thread) {
     current_ = thread;

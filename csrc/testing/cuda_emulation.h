@@ -98,8 +98,9 @@ class EmulationError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// The order in which threads and blocks run, from the next launch on. Seed 0 is the natural order;
-/// shared memory is poisoned with NaN for even seeds and with a large number for odd ones.
+/// The order in which threads and blocks run, from the next launch on. Seed 0 is the natural order,
+/// even seeds mix all threads, odd ones let single warps run ahead. Shared memory is poisoned with
+/// NaN for seeds 0 and 1, with large numbers for 2 and 3, and so on in turn.
 void set_seed(uint64_t seed);
 uint64_t seed();
 

@@ -234,12 +234,31 @@ void shared_memory_is_poisoned() {
   for_each_seed([](uint64_t seed) {
     unsigned fixed[3], dynamic[3];
     launch(read_uninitialised_kernel, 3, 1, 16, nullptr, fixed, dynamic);
-    const unsigned poison = seed % 2 == 0 ? 0xffffffffu : 0xcdcdcdcdu;
+    const unsigned poison = seed / 2 % 2 == 0 ? 0xffffffffu : 0xcdcdcdcdu;
     for (int b = 0; b < 3; ++b) {
       check(fixed[b] == poison, "static shared memory");
       check(dynamic[b] == poison, "dynamic shared memory");
     }
   });
+}
+
+__global__ void far_ahead_kernel(int* seen) {
+  GLIMPSE_SHARED(int, cell, );
+  const bool first_warp = threadIdx.x < 32;
+  if (threadIdx.x == 32) cell = 42;
+  for (int i = 0; i < 20; ++i) __shfl_sync(kFullWarp, i, 0);
+  if (first_warp && threadIdx.x == 0) *seen = cell;
+}
+
+void warps_run_ahead() {
+  const RacesAllowed allowed;
+  bool late = false, early = false;
+  for_each_seed([&](uint64_t) {
+    int seen = 0;
+    launch(far_ahead_kernel, 1, 64, 0, nullptr, &seen);
+    (seen == 42 ? late : early) = true;
+  });
+  check(late && early, "no warp gets 20 collectives ahead of another");
 }
 
 __global__ void last_writer_kernel(unsigned* thread, unsigned* block) {
@@ -537,6 +556,7 @@ std::vector<std::tuple<std::string, bool, std::string>> emulation_selftests() {
       {"pipelined_copies", pipelined_copies},
       {"launches_from_two_threads", launches_from_two_threads},
       {"shared_memory_is_poisoned", shared_memory_is_poisoned},
+      {"warps_run_ahead", warps_run_ahead},
       {"races_show", races_show},
       {"copies_land_at_the_wait", copies_land_at_the_wait},
       {"early_return_is_reported", early_return_is_reported},

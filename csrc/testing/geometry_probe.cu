@@ -41,5 +41,7 @@ __global__ void geometry_probe(const __grid_constant__ glimpse::Problem problem,
   pixels[0] = glimpse::row_capacity(problem.op, line.axis, 1, line.size);
 }
 
-template __global__ void geometry_probe<float>(const __grid_constant__ glimpse::Problem, float*, int32_t*);
-template __global__ void geometry_probe<double>(const __grid_constant__ glimpse::Problem, double*, int32_t*);
+template __global__ void geometry_probe<float>(const __grid_constant__ glimpse::Problem, float*,
+                                               int32_t*);
+template __global__ void geometry_probe<double>(const __grid_constant__ glimpse::Problem, double*,
+                                                int32_t*);

@@ -141,8 +141,8 @@ PYBIND11_MODULE(_testing, m) {
   using namespace pybind11::literals;
   namespace testing = glimpse::testing;
 
-  m.def("axis_table", &testing::axis_table, "kind"_a, "lo"_a, "hi"_a, "scale"_a,
-        "sampling_ratio"_a, "aligned"_a, "cells"_a, "size"_a, "dtype"_a = "float64");
+  m.def("axis_table", &testing::axis_table, "kind"_a, "lo"_a, "hi"_a, "scale"_a, "sampling_ratio"_a,
+        "aligned"_a, "cells"_a, "size"_a, "dtype"_a = "float64");
   m.def("assign_level", &testing::assign_level_as, "box"_a, "rule"_a, "canonical_size"_a,
         "canonical_level"_a, "scales"_a, "dtype"_a = "float32");
   m.def("log2", &glimpse::portable_log2);

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Results as JSON, as a table for the terminal, and as the table of the README."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import glimpse_ext
+from glimpse_ext import doctor
+
+from .peers import PEER_NAMES
+from .suite import Row, place
+
+SCHEMA = 1
+Results = dict[str, Any]
+
+# What makes two rows measurements of the same thing.
+KEY = ("workload", "direction", "dtype", "layout", "device", "threads")
+INACCURATE = "†"
+
+
+def row_key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def describe(row: Row) -> str:
+    what = f"{row['workload']} {row['direction']} {row['dtype']} {row['layout']}"
+    return f"{what} on {place(row['device'], row['threads'])}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that the package runs from, with + where files differ from it."""
+    folder = Path(glimpse_ext.__file__ or "").resolve().parent
+    if not (folder.parent / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment() -> Results:
+    """Machine, versions, commit and date."""
+    cores = len(os.sched_getaffinity(0))
+    machine: Results = {
+        "processor": doctor.processor_name(),
+        "instruction_sets": doctor.instruction_sets(),
+        "asked_for": os.environ.get("GLIMPSE_ISA"),
+        "cores": cores,
+        "platform": platform.platform(),
+        "allocator": {
+            name: value for name, value in os.environ.items() if name.startswith("MALLOC_")
+        },
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        machine["gpu"] = properties.name
+        machine["compute_capability"] = f"{properties.major}.{properties.minor}"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": machine,
+        "versions": {
+            "glimpse_ext": glimpse_ext.__version__,
+            "torch": torch.__version__,
+            "torchvision": _version("torchvision"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def save(results: Results, path: Path) -> None:
+    def short(value: Any) -> Any:
+        """Four digits are more than any of these times has."""
+        if isinstance(value, float):
+            return float(f"{value:.4g}")
+        if isinstance(value, dict):
+            return {key: short(one) for key, one in value.items()}
+        return [short(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    path.write_text(json.dumps(short(results), indent=1) + "\n")
+
+
+def load(path: Path) -> Results:
+    """Results of an earlier run; ValueError if the file holds none of this schema."""
+    try:
+        results: Results = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise ValueError(f"{path} holds no benchmark results of schema {SCHEMA}")
+    return results
+
+
+def format_seconds(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def format_ratio(ratio: float) -> str:
+    return f"{ratio:.2g}×" if ratio < 9.95 else f"{ratio:.0f}×"
+
+
+def _peer_cell(peer: Row | None) -> str:
+    if peer is None:
+        return "–"
+    if "left_out" in peer:
+        return "left out"
+    return format_ratio(peer["ratio"]["median"]) + ("" if peer["accurate"] else INACCURATE)
+
+
+def slower_than(row: Row) -> list[str]:
+    """Peers that are faster here."""
+    peers = {name: peer for name, peer in row["peers"].items() if "ratio" in peer}
+    return [name for name, peer in peers.items() if peer["ratio"]["median"] < 1]
+
+
+def peers_in(rows: Sequence[Row]) -> list[str]:
+    return [name for name in PEER_NAMES if any(name in row["peers"] for row in rows)]
+
+
+def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    numeric = [False] * 5 + [True] * (len(header) - 6) + [False]
+
+    def put(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, numeric, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([put(header), "  ".join("-" * width for width in widths), *map(put, lines)])
+
+
+def _remark(row: Row) -> str:
+    if not row["ok"]:
+        return f"WRONG: error {row['error']:.1e}, not timed"
+    slower = slower_than(row)
+    return f"slower than {', '.join(slower)}" if slower else ""
+
+
+def table(results: Results) -> str:
+    """Every row for the terminal: wrong ones first, then those where a peer is faster."""
+    rows: list[Row] = results["rows"]
+    peers = peers_in(rows)
+    header = ["workload", "direction", "dtype", "layout", "on", "time", "× floor", "× backward"]
+    header += [*peers, "extra MB", ""]
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["ok"], not slower_than(row))):
+        on = place(row["device"], row["threads"])
+        line = [row["workload"], row["direction"], row["dtype"], row["layout"], on]
+        own = row.get("times_own_backward")
+        extra = row.get("peak_extra_bytes")
+        line += [
+            format_seconds(row["seconds"]) if row["ok"] else "–",
+            f"{row['times_floor']:.3g}" if row["ok"] else "–",
+            f"{own['median']:.2g}" if own else "–",
+            *(_peer_cell(row["peers"].get(name)) for name in peers),
+            "–" if extra is None else f"{extra / 1e6:.1f}",
+            _remark(row),
+        ]
+        lines.append(line)
+    notes = [
+        "A peer's column is its time over ours, the median of ratios within interleaved rounds."
+    ]
+    if any(not p.get("accurate", True) for row in rows for p in row["peers"].values()):
+        notes.append(f"{INACCURATE} the peer's own result is far from the float64 one.")
+    rates = (f"{k}: {v / 1e9:.1f} GB/s" for k, v in results["copy_bytes_per_second"].items())
+    notes.append("The floor is unique bytes over the rate of a copy: " + "; ".join(rates) + ".")
+    if results["quick"]:
+        notes.append("--quick: a quarter of the channels, half of the boxes; not comparable.")
+    return "\n".join([_grid(header, lines), "", *notes])
+
+
+def _column(row: Row) -> str:
+    parts = [place(row["device"], row["threads"])]
+    parts += ["" if row["dtype"] == "float32" else row["dtype"]]
+    parts += ["channels_last" if row["layout"] == "channels_last" else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def setting_names(rows: Sequence[Row]) -> list[str]:
+    """Threads, dtype and layout in words, in order of appearance."""
+    return list(dict.fromkeys(_column(row) for row in rows))
+
+
+def rows_of_setting(rows: Sequence[Row], name: str) -> list[Row]:
+    return [row for row in rows if _column(row) == name]
+
+
+def markdown(results: Results) -> str:
+    """The table of the README: one line per workload and direction, one column per setting."""
+    rows: list[Row] = [row for row in results["rows"] if row["ok"]]
+    settings, peers = setting_names(rows), peers_in(rows)
+    if not rows:
+        return "No row was timed.\n"
+    found = {(r["workload"], r["direction"], _column(r)): r for r in rows}
+    machine, versions = results["machine"], results["versions"]
+    where = machine.get("gpu") if rows[0]["device"] == "cuda" else machine["processor"]
+    commit = f", commit {results['commit'][:10]}" if results["commit"] else ""
+    lines = [
+        f"{where}, {machine['cores']} cores, torch {versions['torch']}, torchvision "
+        f"{versions['torchvision']}, {results['date'][:10]}{commit}. Cells: time of "
+        f"{' / '.join(peers)} over ours, then our time (× the floor)."
+    ]
+    if results["quick"]:
+        lines += ["", "Made by `--quick`: smaller workloads."]
+    lines += [
+        "",
+        "| workload | direction | " + " | ".join(settings) + " |",
+        "|---|---|" + "---|" * len(settings),
+    ]
+    for workload, direction in dict.fromkeys((r["workload"], r["direction"]) for r in rows):
+        cells = []
+        for setting in settings:
+            row = found.get((workload, direction, setting))
+            if row is None:
+                cells.append("–")
+                continue
+            own = row.get("times_own_backward")
+            compared = " / ".join(_peer_cell(row["peers"].get(name)) for name in peers)
+            if own:
+                compared = f"{own['median']:.2g}× our backward"
+            time = format_seconds(row["seconds"])
+            floor = "" if row["seconds"] < 1e-4 else f" ({row['times_floor']:.2g}×)"
+            bold = "" if own or slower_than(row) else "**"
+            cells.append(f"{bold}{compared}{bold}, {time}{floor}")
+        lines.append(f"| {workload} | {direction} | {' | '.join(cells)} |")
+    names = dict.fromkeys((row["workload"], row["what"]) for row in rows)
+    lines += ["", "; ".join(f"{name} {what}" for name, what in names) + "."]
+    if any(not p.get("accurate", True) for row in rows for p in row["peers"].values()):
+        lines.append(f"{INACCURATE} the peer's own result is far from the float64 one.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Runs workloads: makes inputs, checks every result, times what is right, gives rows of numbers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import timing
+from .memory import peak_extra
+from .peers import OPERATORS, Make, Pool
+from .timing import Call, Stopwatch, interleave, ratios, rotate, summarise
+from .workloads import LAYOUTS, Workload
+
+Row = dict[str, Any]
+
+OURS = "glimpse_ext"
+DIRECTIONS = ("forward", "backward", "forward+backward", "box gradient")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Largest accepted norm of the error over the norm of the float64 result. Positions are float32, so
+# a sample may be off by 1e-5 pixels; a box gradient takes the slope there, and that may then be the
+# slope on the other side of a pixel.
+OUR_ERROR = {torch.float32: 5e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+BOX_ERROR = 3e-2
+# grid_sample takes its positions as numbers from -1 to 1. A peer beyond this is timed and marked.
+PEER_ERROR = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+# In float64 this package and its reference differ by rounding only.
+REFERENCE_ERROR = 1e-9
+REFERENCE_BOXES = 48
+REFERENCE_CHANNELS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run and how long."""
+
+    workloads: tuple[Workload, ...]
+    devices: tuple[str, ...] = ("cpu",)
+    dtypes: tuple[str, ...] = ("float32",)
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
+    threads: tuple[int, ...] = (1,)
+    directions: tuple[str, ...] = DIRECTIONS
+    peers: tuple[str, ...] = ()
+    rounds: int = 9
+    round_seconds: float = 0.03
+    seconds: float = 4.0  # for each implementation of a row, see timing.interleave
+    patience: float = 10.0  # a peer whose forward takes longer is left out
+
+    def settings(self) -> Iterator[Setting]:
+        for device in self.devices:
+            for workload in self.workloads:
+                for dtype in self.dtypes:
+                    for layout in self.layouts:
+                        # Threads are of the CPU; the GPU has its own.
+                        for threads in self.threads if device == "cpu" else self.threads[:1]:
+                            yield Setting(workload, torch.device(device), dtype, layout, threads)
+
+    @property
+    def steps(self) -> int:
+        return len(list(self.settings())) * len(self.directions)
+
+
+@dataclass(frozen=True)
+class Setting:
+    work: Workload
+    device: torch.device
+    dtype_name: str
+    layout: str
+    threads: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+    def features(self, seed: int = 0) -> list[Tensor]:
+        made = self.work.make_features(self.dtype, self.layout, seed)
+        return [m.to(self.device) for m in made]
+
+    def __str__(self) -> str:
+        return f"{self.work.name} {self.dtype_name} {self.layout} on {self.place}"
+
+    @property
+    def place(self) -> str:
+        return place(self.device.type, self.threads)
+
+
+def place(device: str, threads: int) -> str:
+    """The device in words; threads are of the CPU."""
+    if device != "cpu":
+        return device
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+# ------------------------------------------------------------------------------------ correct first
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The float64 result and its gradients, for an upstream gradient ``grad``."""
+
+    pooled: Tensor
+    grad: Tensor
+    grad_features: list[Tensor]
+    grad_boxes: Tensor
+
+    def of(self, direction: str) -> list[Tensor]:
+        if direction == "forward":
+            return [self.pooled]
+        return [self.grad_boxes] if direction == "box gradient" else self.grad_features
+
+
+def _with_gradients(
+    make: Make, work: Workload, maps: Sequence[Tensor], boxes: Tensor, grad: Tensor
+) -> Expected:
+    leaves = [m.detach().double().contiguous().requires_grad_() for m in maps]
+    boxes = boxes.detach().clone().requires_grad_()
+    pooled = make(work, boxes, torch.float64)(leaves)
+    found = torch.autograd.grad(pooled, [*leaves, boxes], grad.to(pooled), allow_unused=True)
+    known = [
+        g if g is not None else torch.zeros_like(m) for g, m in zip(found, leaves, strict=False)
+    ]
+    assert found[-1] is not None
+    return Expected(pooled.detach(), grad, known, found[-1])
+
+
+def relative_error(values: Sequence[Tensor | None], expected: Sequence[Tensor]) -> float:
+    """Norm of the difference over the norm of what is expected; infinite if shapes differ."""
+    difference = norm = 0.0
+    for value, right in zip(values, expected, strict=True):
+        if value is not None and value.shape != right.shape:
+            return math.inf
+        gap = right if value is None else value.detach().to(right) - right
+        difference += float(gap.square().sum())
+        norm += float(right.square().sum())
+    if math.isnan(difference):
+        return math.inf
+    return math.sqrt(difference / norm) if norm > 0 else math.sqrt(difference)
+
+
+def expected_result(setting: Setting, maps: Sequence[Tensor], boxes: Tensor) -> Expected:
+    """Our float64 result; a part of it is compared with the reference, which would take minutes."""
+    work, operator = setting.work, OPERATORS[setting.work.operator]
+    few = boxes[:: max(1, len(boxes) // REFERENCE_BOXES)]
+    thin = [m[:, :: max(1, work.channels - 1)][:, :REFERENCE_CHANNELS] for m in maps]
+    generator = torch.Generator().manual_seed(7)
+    size = (work.output_size, work.output_size)
+    grad = torch.randn(len(few), thin[0].shape[1], *size, generator=generator).to(boxes.device)
+    ours = _with_gradients(operator.ours, work, thin, few.double(), grad)
+    right = _with_gradients(operator.reference, work, thin, few.double(), grad)
+    for direction in DIRECTIONS:
+        error = relative_error(ours.of(direction), right.of(direction))
+        if not error <= REFERENCE_ERROR:
+            raise RuntimeError(
+                f"bench: {setting} {direction} differs from the reference by {error:.1e}"
+            )
+    grad = torch.randn(len(boxes), work.channels, *size, generator=generator)
+    return _with_gradients(
+        operator.ours, work, maps, boxes, grad.to(setting.dtype).to(boxes.device)
+    )
+
+
+# ----------------------------------------------------------------------------------- what is timed
+
+
+def make_call(
+    direction: str, make: Make, setting: Setting, maps: Sequence[Tensor], boxes: Tensor, up: Tensor
+) -> Callable[[], list[Tensor | None]]:
+    """One call of ``direction``. It returns what it computed, as a list."""
+    if direction == "box gradient":
+        boxes = boxes.detach().clone().requires_grad_()
+    pool: Pool = make(setting.work, boxes, setting.dtype)
+    if direction == "forward":
+
+        def forward() -> list[Tensor | None]:
+            with torch.no_grad():
+                return [pool(maps)]
+
+        return forward
+
+    wanted = [boxes]
+    leaves = list(maps)
+    if direction != "box gradient":
+        leaves = [m.detach().requires_grad_() for m in maps]
+        wanted = leaves
+    pooled = pool(leaves)
+    # A gradient comes back in the layout of the result.
+    grad = torch.empty_like(pooled).copy_(up).detach()
+    if direction == "forward+backward":
+
+        def both() -> list[Tensor | None]:
+            return list(torch.autograd.grad(pool(leaves), wanted, grad, allow_unused=True))
+
+        return both
+
+    def backward() -> list[Tensor | None]:
+        found = torch.autograd.grad(pooled, wanted, grad, retain_graph=True, allow_unused=True)
+        return list(found)
+
+    return backward
+
+
+def touched_pixels(setting: Setting, boxes: Tensor) -> int:
+    """Pixels of all maps and images that some box reads."""
+    work = setting.work
+    shapes = [(work.batch, 1, *size) for size in work.sizes]
+    leaves = [torch.zeros(s, device=setting.device, requires_grad=True) for s in shapes]
+    pooled = OPERATORS[work.operator].ours(work, boxes, torch.float32)(leaves)
+    grads = torch.autograd.grad(pooled, leaves, torch.ones_like(pooled))
+    return sum(int(torch.count_nonzero(g)) for g in grads)
+
+
+def floor_bytes(setting: Setting, touched: int, maps: Sequence[Tensor]) -> dict[str, int]:
+    """Unique bytes that must be read and written."""
+    work, size = setting.work, maps[0].element_size()
+    read = touched * work.channels * size
+    pooled = work.boxes * work.channels * work.output_size**2 * size
+    gradient = sum(m.nbytes for m in maps)
+    return {
+        "forward": read + pooled,
+        "backward": pooled + gradient,
+        "forward+backward": read + pooled + pooled + gradient,
+        "box gradient": read + pooled,
+    }
+
+
+def _forecast(make: Make, setting: Setting, maps: Sequence[Tensor], boxes: Tensor) -> float:
+    """Seconds of a forward with all boxes, from one with few."""
+    few = boxes[:: max(1, len(boxes) // 4)]
+    pool = make(setting.work, few, setting.dtype)
+    with torch.no_grad():
+        pool(maps)
+        start = time.perf_counter()
+        pool(maps)
+        if setting.device.type == "cuda":
+            torch.cuda.synchronize(setting.device)
+    return (time.perf_counter() - start) * len(boxes) / len(few)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class Runner:
+    """Rows of a plan, one setting after the other."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.bandwidths: dict[str, float] = {}
+        self._expected: dict[tuple[str, str, str], Expected] = {}
+
+    def rows(self) -> Iterator[Row]:
+        before = torch.get_num_threads()
+        try:
+            for setting in self.plan.settings():
+                torch.set_num_threads(setting.threads)
+                yield from self._setting(setting)
+        finally:
+            torch.set_num_threads(before)
+
+    def bandwidth(self, setting: Setting) -> float:
+        key = setting.place
+        if key not in self.bandwidths:
+            size = timing.COPY_BYTES * (16 if setting.device.type == "cuda" else 1)
+            found = timing.copy_bandwidth(setting.device, setting.threads, size)
+            self.bandwidths[key] = found
+        return self.bandwidths[key]
+
+    def _setting(self, setting: Setting) -> Iterator[Row]:
+        work = setting.work
+        boxes = work.make_boxes().to(setting.device)
+        sets = [setting.features(seed) for seed in range(self._buffers(setting))]
+        key = (work.name, setting.dtype_name, setting.device.type)
+        if key not in self._expected:
+            self._expected = {key: expected_result(setting, sets[0], boxes)}
+        expected = self._expected[key]
+        floors = floor_bytes(setting, touched_pixels(setting, boxes), sets[0])
+        makes, left_out = self._implementations(setting, sets[0], boxes)
+        for direction in self.plan.directions:
+            row: Row = {
+                "workload": work.name,
+                "what": work.what,
+                "direction": direction,
+                "dtype": setting.dtype_name,
+                "layout": setting.layout,
+                "device": setting.device.type,
+                "threads": setting.threads,
+            }
+            of_row = {OURS: makes[OURS]} if direction == "box gradient" else makes
+            row |= self._measure(setting, direction, of_row, sets, boxes, expected)
+            floor = floors[direction] / self.bandwidth(setting)
+            row |= {"floor_bytes": floors[direction], "floor_seconds": floor}
+            if row["ok"]:
+                row["times_floor"] = row["seconds"] / floor
+            if direction != "box gradient":
+                row["peers"] |= left_out
+            yield row
+
+    def _buffers(self, setting: Setting) -> int:
+        """Sets of features: on CUDA enough of them that none stays in the L2 cache."""
+        if setting.device.type != "cuda":
+            return 1
+        cache = getattr(torch.cuda.get_device_properties(setting.device), "L2_cache_size", 2**26)
+        one = sum(setting.work.batch * setting.work.channels * h * w for h, w in setting.work.sizes)
+        return max(2, min(8, math.ceil(2 * cache / (one * setting.dtype.itemsize)) + 1))
+
+    def _implementations(
+        self, setting: Setting, maps: Sequence[Tensor], boxes: Tensor
+    ) -> tuple[dict[str, Make], dict[str, Row]]:
+        """Ours first, then the peers that can run; and why the others cannot."""
+        operator = OPERATORS[setting.work.operator]
+        makes, left_out = {OURS: operator.ours}, {}
+        for peer in operator.peers:
+            if peer.name not in self.plan.peers or not peer.runs(setting.dtype):
+                continue
+            try:
+                seconds = _forecast(peer.make, setting, maps, boxes)
+            except (RuntimeError, NotImplementedError) as error:
+                left_out[peer.name] = {"left_out": _first_line(error)}
+                continue
+            if seconds > self.plan.patience:
+                left_out[peer.name] = {"left_out": f"a forward takes about {seconds:.0f} s"}
+                continue
+            makes[peer.name] = peer.make
+        return makes, left_out
+
+    def _measure(
+        self,
+        setting: Setting,
+        direction: str,
+        makes: dict[str, Make],
+        sets: Sequence[Sequence[Tensor]],
+        boxes: Tensor,
+        expected: Expected,
+    ) -> Row:
+        right = expected.of(direction)
+        limit = BOX_ERROR if direction == "box gradient" else OUR_ERROR[setting.dtype]
+        calls: dict[str, Call] = {}
+        errors: dict[str, float] = {}
+        failed: dict[str, Row] = {}
+        for name, make in makes.items():
+            try:
+                own = [make_call(direction, make, setting, m, boxes, expected.grad) for m in sets]
+                errors[name] = relative_error(own[0](), right)
+            except (RuntimeError, NotImplementedError) as error:
+                if name == OURS:
+                    raise
+                failed[name] = {"left_out": _first_line(error)}
+                continue
+            calls[name] = rotate(own)
+        row: Row = {"ok": errors[OURS] <= limit, "error": errors[OURS], "peers": failed}
+        if not row["ok"]:
+            return row
+        if direction == "box gradient":
+            # What it costs beside our own gradient to the image, which the same tables give.
+            own = [
+                make_call("backward", makes[OURS], setting, m, boxes, expected.grad) for m in sets
+            ]
+            calls["own backward"] = rotate(own)
+        watches = {
+            name: Stopwatch(call, setting.device, setting.threads, self.plan.round_seconds)
+            for name, call in calls.items()
+        }
+        times = interleave(watches, self.plan.rounds, self.plan.seconds)
+        row |= _seconds(times[OURS])
+        row["peak_extra_bytes"] = peak_extra(calls[OURS], setting.device)
+        for name in times:
+            if name == OURS:
+                continue
+            if name == "own backward":
+                ratio = summarise(ratios(times[OURS], times[name]))
+                row["times_own_backward"] = asdict(ratio)
+                continue
+            row["peers"][name] = {
+                **_seconds(times[name]),
+                "ratio": asdict(summarise(ratios(times[name], times[OURS]))),
+                "error": errors[name],
+                "accurate": errors[name] <= PEER_ERROR[setting.dtype],
+                "peak_extra_bytes": peak_extra(calls[name], setting.device),
+            }
+        return row
+
+
+def _seconds(times: Sequence[float]) -> Row:
+    spread = summarise(times)
+    rounds = sum(not math.isnan(t) for t in times)
+    return {"seconds": spread.median, "seconds_spread": [spread.low, spread.high], "rounds": rounds}
