@@ -223,7 +223,9 @@ def markdown(results: Results) -> str:
     found = {(r["workload"], r["direction"], _column(r)): r for r in rows}
     machine, versions = results["machine"], results["versions"]
     where = machine.get("gpu") if rows[0]["device"] == "cuda" else machine["processor"]
-    commit = f", commit {results['commit'][:10]}" if results["commit"] else ""
+    commit = results["commit"] or ""
+    changed = " with changes" if commit.endswith("+") else ""
+    commit = f", commit {commit[:10]}{changed}" if commit else ""
     lines = [
         f"{where}, {machine['cores']} cores, torch {versions['torch']}, torchvision "
         f"{versions['torchvision']}, {results['date'][:10]}{commit}. Cells: time of "

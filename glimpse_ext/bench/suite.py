@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import timer
 
 from . import timing
 from .memory import peak_extra
@@ -34,6 +34,8 @@ PEER_ERROR = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # In float64 this package and its reference differ by rounding only.
 REFERENCE_ERROR = 1e-9
 REFERENCE_BOXES = 48
+# From a call of this length on, `_forecast` takes the time to be proportional to the boxes.
+LONG_SECONDS = 1.0
 REFERENCE_CHANNELS = 2
 
 
@@ -231,16 +233,19 @@ def floor_bytes(setting: Setting, touched: int, maps: Sequence[Tensor]) -> dict[
 
 
 def _forecast(make: Make, setting: Setting, maps: Sequence[Tensor], boxes: Tensor) -> float:
-    """Seconds of a forward with all boxes, from one with few."""
-    few = boxes[:: max(1, len(boxes) // 4)]
-    pool = make(setting.work, few, setting.dtype)
-    with torch.no_grad():
-        pool(maps)
-        start = time.perf_counter()
-        pool(maps)
-        if setting.device.type == "cuda":
-            torch.cuda.synchronize(setting.device)
-    return (time.perf_counter() - start) * len(boxes) / len(few)
+    """Seconds of a forward with all boxes, by ever more of them until it takes a while."""
+    seconds, count = 0.0, min(4, len(boxes))
+    while True:
+        few = boxes[torch.linspace(0, len(boxes) - 1, count).long().to(boxes.device)]
+        pool = make(setting.work, few, setting.dtype)
+        with torch.no_grad():
+            start = timer()
+            pool(maps)
+            seconds = float(timer() - start)
+        # What does not grow with the boxes counts for little in a call as long as this.
+        if seconds > LONG_SECONDS or count == len(boxes):
+            return seconds * len(boxes) / count
+        count = min(4 * count, len(boxes))
 
 
 def _first_line(error: Exception) -> str:
