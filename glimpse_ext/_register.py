@@ -47,6 +47,21 @@ Dims = dict[int, int]
 """Batch dimension of each batched tensor, by id."""
 
 
+def _check_fake(name: str, features: Sequence[Tensor], where: Where) -> None:
+    """The checks of csrc/ops that a tensor without numbers can fail; same words."""
+    boxes, columns = where.boxes, 4 if where.image_index is not None else 5
+    for feature in features:
+        if feature.dim() != 4:
+            raise RuntimeError(f"{name}: input must be [N, C, H, W], got {list(feature.shape)}")
+        if feature.device != boxes.device:
+            raise RuntimeError(
+                f"{name}: boxes must be on the device of the features, {feature.device}, "
+                f"got {boxes.device}"
+            )
+    if boxes.dim() != 2 or boxes.shape[1] != columns:
+        raise RuntimeError(f"{name}: boxes must be [K, {columns}], got {list(boxes.shape)}")
+
+
 def _fake_pooled(first: Tensor, where: Where) -> Tensor:
     dtype = torch.float32 if first.dtype == torch.uint8 else first.dtype
     size = (where.boxes.shape[0], first.shape[1], *where.sampler.output_size)
@@ -201,6 +216,7 @@ def register_sampler(name: str, bind: Bind) -> Callable[..., Tensor]:
 
     def fake(*args: Any) -> Tensor:
         features, where = bind(*args)
+        _check_fake(name, features, where)
         return _fake_pooled(features[0], where)
 
     def batch(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
