@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Devices, dtypes and layouts that tests run over, and the one place where tolerances are written.
 
-``emulated`` is the CPU with every call sent to the CUDA kernels, compiled for the host; ``simple`` is
-the CPU with the short loops that its own kernels are a faster form of. ``cuda`` exists where there is
-one.
+``emulated`` is the CPU with every call sent to the CUDA kernels, compiled for the host; ``simple``
+is the CPU with the short loops that its own kernels are a faster form of. ``cuda`` exists where
+there is one.
 """
 
 from __future__ import annotations

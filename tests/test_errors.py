@@ -265,7 +265,7 @@ def test_tensors_of_two_devices():
         lambda: glimpse_ext.roi_align(image.to("meta"), boxes, 2),
         lambda: glimpse_ext.multiscale_roi_align([image, image.to("meta")], boxes, 2, (1, 0.5)),
     ):
-        with pytest.raises(RuntimeError, match="roi_align: .* on the device of"):
+        with pytest.raises(RuntimeError, match=r"roi_align: .* on the device of"):
             call()
 
 
