@@ -28,7 +28,7 @@ from . import report, workloads
 from .compare import TOLERANCE, compare
 from .peers import PEER_NAMES
 from .plot import plot
-from .suite import DIRECTIONS, DTYPES, Plan, Runner
+from .suite import DIRECTIONS, DTYPES, Plan, Row, Runner
 from .workloads import LAYOUTS
 
 ABOUT = """\
@@ -162,13 +162,14 @@ def run(plan: Plan, quick: bool = False) -> report.Results:
     """Results of a plan, as they are saved."""
     runner = Runner(plan)
     results: dict[str, Any] = {"schema": report.SCHEMA, **report.environment(), "quick": quick}
-    rows = []
     often = 0.5 if sys.stderr.isatty() else 20.0
     with tqdm(total=plan.steps, unit="row", dynamic_ncols=True, mininterval=often) as bar:
-        for row in runner.rows():
-            rows.append(row)
+
+        def progress(row: Row) -> None:
             bar.set_postfix_str(report.describe(row), refresh=False)
             bar.update()
+
+        rows = runner.run(progress)
     plan_facts = dataclasses.asdict(plan)
     plan_facts["workloads"] = {w["name"]: w for w in plan_facts["workloads"]}
     results |= {"plan": plan_facts, "copy_bytes_per_second": runner.bandwidths, "rows": rows}
