@@ -184,9 +184,11 @@ def compile_one(nvcc: str, nvdisasm: str | None, source: Path, architecture: str
     }
 
 
-def compile_all(architectures: list[str], jobs: int) -> tuple[Table, str]:
+def compile_all(architectures: list[str], jobs: int, need_nvdisasm: bool) -> tuple[Table, str]:
     nvcc = find_nvcc()
     nvdisasm = find_nvdisasm(nvcc)
+    if nvdisasm is None and need_nvdisasm:
+        sys.exit("compile_gate: --update needs nvdisasm; CUDA builds of torch bring it with Triton")
     if nvdisasm is None:
         print("no nvdisasm: 128-bit loads and atomics are counted in the PTX only")
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -328,7 +330,7 @@ def main() -> int:
     arguments = parser.parse_args()
     architectures = ARCHITECTURES if arguments.update else arguments.architectures.split(",")
 
-    table, version = compile_all(architectures, arguments.jobs)
+    table, version = compile_all(architectures, arguments.jobs, arguments.update)
     if arguments.update:
         found = compare(table, table, architectures, same_nvcc=True)
         if not found:

@@ -125,8 +125,18 @@ def draw_map(
     pad = rng.choice([0, 0, 3])
     shape = (n, h, w + pad, c + pad) if nhwc else (n, c, h + pad, w + pad)
     values = torch.rand(shape, generator=numbers, dtype=torch.float64) * 2 - 1
-    if rng.random() < 0.2 and dtype is not torch.uint8:
-        strange = torch.rand(shape, generator=numbers) < 0.03
+    if rng.random() < 0.3 and dtype is not torch.uint8:
+        # Scattered, or a column or row that boxes beside it must not notice.
+        strange = torch.rand(shape, generator=numbers) < 0.01
+        y, x = rng.randrange(h), rng.randrange(w)
+        if rng.random() < 0.7:
+            strange[:] = False
+            along_y = strange.movedim(1 if nhwc else 2, 0)
+            along_x = strange.movedim(2 if nhwc else 3, 0)
+            if rng.random() < 0.7:
+                along_x[x] = True
+            else:
+                along_y[y] = True
         values[strange] = rng.choice([nan, inf, -inf])
     stored = (values.abs() * 255 if dtype is torch.uint8 else values).to(dtype)
     if nhwc:
@@ -143,6 +153,8 @@ def draw_call(seed: int) -> Call:
     channels = rng.choice([1, 2, 3, rng.randint(4, 16), rng.randint(17, 40)])
     output_size = (rng.randint(1, 8), rng.choice([1, 2, 7, 7, 8, rng.randint(9, 40)]))
     count = rng.randint(0, 8)
+    if rng.random() < 0.15:  # enough for several threads, and for several blocks of channels
+        channels, output_size, count = rng.randint(64, 140), (7, 7), rng.randint(10, 20)
     maps = rng.choice([1, 1, 1, rng.randint(2, 4)])
     scales = [1.0 / (2 << i) for i in range(maps)] if maps > 1 else [rng.uniform(0.1, 1.5)]
     features = []
@@ -299,6 +311,7 @@ def test_draws_reach_every_kernel() -> None:
     assert any(len(c.boxes) == 0 for c in calls)
     assert any(f.shape[3] > 300 for c in calls for f in c.features)
     assert any(not c.features[0].isfinite().all() for c in calls)
+    assert any(c.grad.numel() > 3 * 2**14 for c in calls)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])

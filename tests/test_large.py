@@ -37,7 +37,7 @@ def roomy(request):
     return need
 
 
-# Where a 32-bit offset would fall somewhere else: inside one plane, behind many images, in channels.
+# Where a 32-bit offset would fall somewhere else: inside a plane, behind many images or channels.
 SHAPES = {
     "one plane": (1, 1, 2**16, 2**15 + 2),
     "many images": (9, 1, 2**14, 2**14 + 2),
@@ -47,8 +47,8 @@ WINDOW = 64
 
 
 def corners(shape, dtype):
-    """Pixels for the first and the last corner, and boxes on them: in the large image, as the second
-    return value, and as if each corner were an image of its own, as the third."""
+    """Pixels for the first and the last corner, boxes on them in the large image, and these
+    boxes as if each corner were an image of its own."""
     images, channels, height, width = shape
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 200, (2, channels, WINDOW, WINDOW), generator=generator).to(dtype)

@@ -52,7 +52,8 @@ Split split(const Problem& problem, int64_t lanes, int64_t workers) {
           rows, std::max<int64_t>(8, kScratchElements / (result.block * std::max(level.width, 1))));
     }
     result.band[l] = static_cast<int32_t>(std::min<int64_t>(rows, std::max(level.height, 1)));
-    result.bands[l] = (level.height + result.band[l] - 1) / result.band[l];
+    // A map without pixels has no task.
+    result.bands[l] = level.width == 0 ? 0 : (level.height + result.band[l] - 1) / result.band[l];
     result.begin[l + 1] = result.begin[l] + problem.batch * result.blocks * result.bands[l];
   }
   return result;

@@ -344,7 +344,6 @@ PlanSet<A>::PlanSet(const Problem& problem, Purpose purpose, int64_t first, int6
       max_vectors_ = std::max(max_vectors_, plan.vectors);
       max_slots_ = std::max(max_slots_, plan.slots);
     }
-    area_ += int64_t{plan.vectors} * lanes * problem.out_height;
   }
 }
 

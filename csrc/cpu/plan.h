@@ -115,8 +115,6 @@ class PlanSet {
   /// Over all plans that are neither empty nor direct.
   int32_t max_vectors() const { return max_vectors_; }
   int32_t max_slots() const { return max_slots_; }
-  /// Pixels under all windows, for deciding how to schedule.
-  int64_t area() const { return area_; }
 
  private:
   std::vector<BoxPlan<A>> boxes_;
@@ -124,7 +122,6 @@ class PlanSet {
   std::vector<const BoxPlan<A>*> order_;
   std::vector<Group> groups_;
   int32_t max_vectors_ = 0, max_slots_ = 0;
-  int64_t area_ = 0;
 };
 
 /// Boxes planned at a time: bounds the memory of tables, while a feature map is read from memory

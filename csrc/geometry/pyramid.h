@@ -26,7 +26,7 @@ GLIMPSE_HD int32_t level_of_scale(double scale) {
 /// negative, or NaN). The two libraries differ in where their epsilon stands:
 ///   torchvision  floor(canonical_level + log2(sqrt(area) / canonical_size) + 1e-6)
 ///   detectron2   floor(canonical_level + log2(sqrt(area) / canonical_size + 1e-8))
-/// evaluated, like theirs, in the dtype of the boxes.
+/// evaluated in the dtype of the coordinates, like theirs where boxes and maps have one dtype.
 template <class T>
 GLIMPSE_HD int32_t assign_level(const LevelRule& rule, const T* box) {
   using R = Rounded<T>;

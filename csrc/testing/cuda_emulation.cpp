@@ -37,7 +37,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// ------------------------------------------------------------------------------- switching stacks
+// -------------------------------------------------------------------------------- switching stacks
 
 #if defined(__x86_64__) && !defined(GLIMPSE_EMULATION_UCONTEXT)
 // Saves the callee-saved registers on the running stack and continues on another one. The floating
@@ -166,8 +166,7 @@ class Fiber {
 #endif
 };
 
-// --------------------------------------------------------------------------------------------
-// sites
+// ------------------------------------------------------------------------------------------- sites
 
 const char* name_of(Call call) {
   switch (call) {
@@ -294,8 +293,7 @@ Sites& sites() {
   return all;
 }
 
-// ------------------------------------------------------------------------------------------
-// threads
+// ----------------------------------------------------------------------------------------- threads
 
 /// A copy that has been started. The source is read when it starts, so that a bad address is found
 /// at the call that names it.
@@ -491,8 +489,7 @@ class SharedMemory {
   unsigned char poison_ = 0xff;
 };
 
-// --------------------------------------------------------------------------------------- the
-// engine
+// -------------------------------------------------------------------------------------- the engine
 
 class Engine {
  public:

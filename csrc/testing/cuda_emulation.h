@@ -90,7 +90,7 @@ GLIMPSE_VECTOR4(ushort4, unsigned short)
 
 namespace glimpse::emulation {
 
-// ----------------------------------------------------------------------------- control, for tests
+// ------------------------------------------------------------------------------ control, for tests
 
 /// What is undefined on a GPU, or an exception that left a kernel.
 class EmulationError : public std::runtime_error {
@@ -123,8 +123,7 @@ std::string skip_site(const std::string& name);
 /// Fill memory with NaN (in every floating-point type of this package).
 void poison(void* memory, std::size_t bytes);
 
-// ---------------------------------------------------------------- what the kernels' names stand
-// for
+// --------------------------------------------------------------- what the kernels' names stand for
 
 enum class Call : uint8_t {
   kSyncThreads,
