@@ -28,8 +28,11 @@ def find_torch() -> str:
 
     pip's build isolation replaces sys.path but not sysconfig, so the torch of the environment that
     is installed into stays visible. In sys.path is the one that pip fetched for the build, if any.
+    Tools that build in an environment of their own leave the name of the active one in VIRTUAL_ENV.
     """
-    for folder in [sysconfig.get_path("platlib"), site.getusersitepackages(), *sys.path]:
+    active = {"platbase": ENV.get("VIRTUAL_ENV", sys.prefix)}
+    known = [sysconfig.get_path("platlib"), sysconfig.get_path("platlib", "posix_prefix", active)]
+    for folder in [*known, site.getusersitepackages(), *sys.path]:
         version_file = Path(folder, "torch", "version.py")
         text = version_file.read_text() if version_file.is_file() else ""
         version = re.search(r"__version__ = '(\d+)\.(\d+)", text)

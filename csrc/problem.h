@@ -91,6 +91,10 @@ GLIMPSE_HD Box<T> read_box(const Problem& problem, int64_t k) {
     box.level = problem.levels == 1 ? 0 : assign_level(problem.level_rule, box.edges);
   }
   if (!valid) box.level = -1;
+  if (box.level >= 0) {
+    const Level& level = problem.level[box.level];
+    if (level.height <= 0 || level.width <= 0) box.level = -1;  // no pixel to read
+  }
   return box;
 }
 

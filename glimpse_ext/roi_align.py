@@ -175,8 +175,8 @@ def multiscale_roi_align(
         assign: which formula chooses the level; they differ by where their epsilon stands.
             ``"torchvision"``: floor(level + log2(side / size) + 1e-6),
             ``"detectron2"``: floor(level + log2(side / size + 1e-8)), with side the square root of
-            the area, in the dtype of the coordinates (float64 where the maps are), limited to the maps there
-            are. A box with exactly one negative side gets no level and gives zeros.
+            the area, in the dtype of the coordinates (float64 where the maps are), limited to the
+            maps there are. A box with exactly one negative side gets no level and gives zeros.
         levels: ``[K]`` int64 or int32 indices into ``features`` that replace the formula; an index
             outside gives a row of zeros.
 

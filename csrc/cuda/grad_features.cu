@@ -24,11 +24,6 @@ dim3 blocks_of_256(int64_t items) {
 }
 
 template <class Tile>
-size_t weight_bytes(const GatherPlan& plan) {
-  return TileWeights<Tile>::bytes(plan.slots, plan.cells_y, plan.cells_x);
-}
-
-template <class Tile>
 GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* blocks) {
   GatherPlan plan = {};
   plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
@@ -50,6 +45,7 @@ GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* bloc
     plan.slots = 1;
     if (plan.cells_y > kMostCellsHeld) plan.cells_y = kMostCellsHeld;
     if (plan.cells_x > kMostCellsHeld) plan.cells_x = kMostCellsHeld;
+    TileWeights<Tile>::lay_out(&plan);
     return plan;
   }
   // A group of lanes has a lane for each cell. Half of the groups of the block build along y and
@@ -58,8 +54,10 @@ GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* bloc
   plan.slots = kGatherThreads / 2 >> plan.group_shift;
   const size_t fixed = stage_bytes + fixed_shared_bytes<typename Tile::Number>();
   const int32_t groups = 32 >> plan.group_shift;
-  while (plan.slots > groups && fixed + weight_bytes<Tile>(plan) > kMostSharedBytes) {
+  TileWeights<Tile>::lay_out(&plan);
+  while (plan.slots > groups && fixed + plan.weight_bytes > kMostSharedBytes) {
     plan.slots /= 2;
+    TileWeights<Tile>::lay_out(&plan);
   }
   return plan;
 }
@@ -68,7 +66,7 @@ template <class Tile, class Kernel>
 void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, size_t least_bytes) {
   int64_t blocks = 0;
   GatherPlan plan = plan_gather<Tile>(problem, stage_bytes, &blocks);
-  size_t bytes = stage_bytes + weight_bytes<Tile>(plan);
+  size_t bytes = stage_bytes + plan.weight_bytes;
   if (bytes < least_bytes) bytes = least_bytes;
   for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
     const int64_t left = blocks - plan.first_block;

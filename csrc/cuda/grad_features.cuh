@@ -140,7 +140,9 @@ __device__ __forceinline__ void store_element(Dtype dtype, void* data, int64_t i
 
 constexpr int32_t kGatherWarps = 8;
 constexpr int32_t kGatherThreads = 32 * kGatherWarps;
-constexpr int32_t kQuad = 4;  // pixels whose weights are read at once
+constexpr int32_t kQuad = 4;         // pixels whose weights are read at once
+constexpr int32_t kFewestLanes = 8;  // that build one direction of one box
+constexpr int32_t kMostSlots = kGatherThreads / 2 / kFewestLanes;
 
 /// What a block owns: kWarpRows rows of kColumns pixels in each warp, kVector channels in each
 /// lane. kBlocks blocks shall share a multiprocessor, which bounds the registers.
@@ -168,6 +170,7 @@ struct GatherPlan {
   // Cells of each box that are held at once. All of them, unless there are so many that boxes are
   // taken one by one.
   int32_t cells_y, cells_x;
+  int32_t x_offset, weight_bytes;  // of TileWeights
 };
 
 /// Quotient and remainder. Nearly all indices fit in 32 bits, where dividing is 4 times cheaper.
@@ -190,6 +193,12 @@ struct TilePlace {
   int32_t y, x;   // of the first pixel
 };
 
+/// The first channel of this thread.
+template <class Tile>
+__device__ __forceinline__ int64_t channel_of_thread(const TilePlace& place) {
+  return (int64_t{place.slice} * 32 + (threadIdx.x & 31)) * Tile::kVector;
+}
+
 /// By one thread.
 template <class Tile>
 __device__ __forceinline__ TilePlace place_of_block(const Problem& problem,
@@ -210,63 +219,70 @@ __device__ __forceinline__ TilePlace place_of_block(const Problem& problem,
 
 // ------------------------------------------------------------------------------- boxes of a tile
 
-constexpr int32_t kScan = 4;  // boxes that a thread looks at before the block agrees on a list
+constexpr int32_t kScan = 4;  // boxes that a thread looks at before the block makes a list
 constexpr int32_t kChunk = kScan * kGatherThreads;
 constexpr int64_t kMostGatherBoxes = 2147483647 - kChunk;  // numbers of boxes are 32-bit here
 
 /// Boxes of a chunk that reach the tile, ascending; in shared memory.
 struct BoxList {
+  uint64_t warp_hits[kGatherWarps];  // 16 bits for each of kScan steps
   int32_t size;
-  int32_t warp_total[kGatherWarps];
+  int32_t next;  // the first box that has not been looked at
   int32_t box[kChunk];
 };
 
-/// Lists the boxes chunk .. chunk + kChunk - 1 that reach the tile. All threads of the block call
-/// it; barriers inside.
+/// Lists those of the next kChunk boxes that reach the tile. All threads of the block call it;
+/// barriers inside.
 template <class Tile>
 __device__ __forceinline__ void list_boxes(const Problem& problem, const TilePlace& place,
-                                           int32_t chunk, BoxList* list) {
+                                           BoxList* list) {
   const Footprints footprints(problem);
   const int64_t own_map = place.image * problem.levels + place.level;
   const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int32_t first = warp * 32 * kScan + lane;  // a warp looks at neighbours
+  const int32_t thread = threadIdx.x;
+  const int32_t chunk = list->next;
   bool hit[kScan];
   GLIMPSE_UNROLL
   for (int32_t i = 0; i < kScan; ++i) {
-    const int32_t k = chunk + i * 32 + first;
+    const int32_t k = chunk + i * kGatherThreads + thread;
     hit[i] = k < problem.boxes && load_readonly(footprints.map + k) == own_map;
   }
   uint32_t hits[kScan];
-  int32_t total = 0;
+  uint64_t own = 0;
   GLIMPSE_UNROLL
   for (int32_t i = 0; i < kScan; ++i) {
     if (hit[i]) {
-      const int32_t k = chunk + i * 32 + first;
+      const int32_t k = chunk + i * kGatherThreads + thread;
       const int4 area = load_readonly(reinterpret_cast<const int4*>(footprints.area + k));
       // Differences, because the end of a tile may lie beyond the largest int32.
       hit[i] = area.y >= place.y && area.x - place.y < Tile::kRows && area.w >= place.x &&
                area.z - place.x < Tile::kColumns;
     }
     hits[i] = __ballot_sync(kFullWarp, hit[i]);
-    total += __popc(hits[i]);
+    own |= static_cast<uint64_t>(__popc(hits[i])) << (16 * i);
   }
-  if (lane == 0) list->warp_total[warp] = total;
+  if (lane == 0) list->warp_hits[warp] = own;
   __syncthreads();
-  int32_t before = 0, all = 0;
+  uint64_t before = 0, all = 0;  // hits of lower warps and of all warps, by step
   GLIMPSE_UNROLL
   for (int32_t i = 0; i < kGatherWarps; ++i) {
     if (i == warp) before = all;
-    all += list->warp_total[i];
+    all += list->warp_hits[i];
   }
+  int32_t size = 0;
   GLIMPSE_UNROLL
   for (int32_t i = 0; i < kScan; ++i) {
     if (hit[i]) {
-      const uint32_t lower_lanes = (1u << lane) - 1;
-      list->box[before + __popc(hits[i] & lower_lanes)] = chunk + i * 32 + first;
+      const int32_t lower_lanes = __popc(hits[i] & ((1u << lane) - 1));
+      const auto lower_warps = static_cast<int32_t>(before >> (16 * i) & 0xffff);
+      list->box[size + lower_warps + lower_lanes] = chunk + i * kGatherThreads + thread;
     }
-    before += __popc(hits[i]);
+    size += static_cast<int32_t>(all >> (16 * i) & 0xffff);
   }
-  if (threadIdx.x == 0) list->size = all;
+  if (threadIdx.x == 0) {
+    list->size = size;
+    list->next = chunk + kChunk;
+  }
   __syncthreads();
 }
 
@@ -294,20 +310,22 @@ struct TileWeights {
   /// Of a cell. The same in both directions, so that building them is the same code.
   static constexpr int32_t kCellQuads = kRowQuads > Tile::kQuads ? kRowQuads : Tile::kQuads;
   static constexpr int32_t kRanges = kGatherWarps + 1 + Tile::kQuads + 1;
+  static constexpr int32_t kRangeBytes = kMostSlots * kRanges * sizeof(Cells);
 
+  Cells* range;   // [slots][kRanges]: each strip of y, all rows, each quad of x, all columns
   NumberQuad* y;  // [slots][cells_y][kCellQuads]
   NumberQuad* x;  // [slots][cells_x][kCellQuads]
-  Cells* range;   // [slots][kRanges]: each strip of y, all rows, each quad of x, all columns
 
   __device__ __forceinline__ TileWeights(const GatherPlan& plan, char* shared) {
-    y = reinterpret_cast<NumberQuad*>(shared);
-    x = y + plan.slots * plan.cells_y * kCellQuads;
-    range = reinterpret_cast<Cells*>(x + plan.slots * plan.cells_x * kCellQuads);
+    range = reinterpret_cast<Cells*>(shared);
+    y = reinterpret_cast<NumberQuad*>(shared + kRangeBytes);
+    x = reinterpret_cast<NumberQuad*>(shared + plan.x_offset);
   }
-  static size_t bytes(int64_t slots, int64_t cells_y, int64_t cells_x) {
-    const int64_t cell = kCellQuads * sizeof(NumberQuad);
-    const int64_t slot = (cells_y + cells_x) * cell + kRanges * sizeof(Cells);
-    return static_cast<size_t>((slots * slot + 15) / 16 * 16);
+  /// Sets the sizes of a plan whose slots and cells are known.
+  static void lay_out(GatherPlan* plan) {
+    constexpr auto kCellBytes = static_cast<int32_t>(kCellQuads * sizeof(NumberQuad));
+    plan->x_offset = kRangeBytes + plan->slots * plan->cells_y * kCellBytes;
+    plan->weight_bytes = plan->x_offset + plan->slots * plan->cells_x * kCellBytes;
   }
 
   __device__ __forceinline__ Cells rows_of_warp(int32_t slot, int32_t warp) const {
@@ -361,12 +379,17 @@ struct Batch {
   __device__ __forceinline__ static int32_t lesser(int32_t a, int32_t b) { return a < b ? a : b; }
 };
 
-/// The axis of a box as a tile sees it.
+/// What a group of lanes works on: one direction of one box, as the tile sees it. In shared memory,
+/// because the sums need the registers.
 template <class Number>
 struct TileLine {
   BoxAxis<Number> line;
   Number factor;          // of all weights
-  int32_t first, pixels;  // that the tile owns
+  int32_t pixel, pixels;  // the first one that the tile owns, and how many it owns
+  int32_t cell, cells;    // the first one that is held, and how many are held
+  int32_t table, ranges;  // indices in TileWeights
+  int32_t strips;         // of pixels
+  int32_t strip_pixels;   // of each strip
 };
 
 /// Builds the weights of a batch. A group of lanes takes one direction of one box, a lane one cell:
@@ -377,55 +400,54 @@ __device__ __forceinline__ void build_weights(const Problem& problem, const Gath
                                               const TilePlace& place, const Batch& batch,
                                               const TileWeights<Tile>& weights) {
   using Number = typename Tile::Number;
-  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  constexpr int32_t kQuads = TileWeights<Tile>::kCellQuads;
+  GLIMPSE_SHARED(TileLine<Number>, lines, [2 * kMostSlots]);
+  const int32_t lane = threadIdx.x & 31;
   const int32_t group = 1 << plan.group_shift;
   const int32_t member = lane & (group - 1);
-  const int32_t groups = 32 >> plan.group_shift;
   // Groups of y come first, those of x follow; there are at least as many groups as directions of
   // boxes. A warp has one direction only, so everything but the samples is uniform in it.
-  const int32_t task = warp * groups;
-  if (task >= 2 * plan.slots) return;
-  const int32_t direction = task < plan.slots ? kY : kX;
-  const int32_t slot = (direction == kY ? task : task - plan.slots) + (lane >> plan.group_shift);
-  const int32_t first_cell = direction == kY ? batch.y : batch.x;
-  const int32_t cells = direction == kY ? batch.rows() : batch.columns();
-  const int32_t stride = direction == kY ? plan.cells_y : plan.cells_x;
-  const int32_t strips = direction == kY ? kGatherWarps : Tile::kQuads;
-  const int32_t strip_pixels = direction == kY ? Tile::kWarpRows : kQuad;
-  const uint32_t strip_mask = (1u << strip_pixels) - 1;
-  constexpr int32_t kQuads = TileWeights<Tile>::kCellQuads;
-  Quad<Number>* table = (direction == kY ? weights.y : weights.x) + slot * stride * kQuads;
-  Cells* ranges =
-      weights.range + slot * TileWeights<Tile>::kRanges + (direction == kY ? 0 : kGatherWarps + 1);
-
-  // What a group needs all the time stays in shared memory, because the sums need the registers.
-  GLIMPSE_SHARED(TileLine<Number>, lines, [kGatherThreads / 8]);
-  TileLine<Number>& own = lines[threadIdx.x >> plan.group_shift];
-  if (slot < batch.count() && member == 0) {
-    const Box<Number> box =
-        box_on_level<Number>(problem, batch.box(slot), place.image, place.level);
-    own.line = box_axis(problem, box, direction);
-    own.factor = sample_factor(own.line.axis);
-    own.first = direction == kY ? place.y : place.x;
-    const int32_t pixels = own.line.size - own.first;
-    const int32_t owned = direction == kY ? Tile::kRows : Tile::kColumns;
-    own.pixels = pixels < owned ? pixels : owned;
-    ranges[strips] = {0, 0};
+  const int32_t task = static_cast<int32_t>(threadIdx.x) >> plan.group_shift;
+  const int32_t warp_task = (static_cast<int32_t>(threadIdx.x) - lane) >> plan.group_shift;
+  if (warp_task >= 2 * plan.slots) return;
+  TileLine<Number>& own = lines[task];
+  const int32_t slot = task < plan.slots ? task : task - plan.slots;
+  const bool active = slot < batch.count();
+  if (member == 0) {
+    const int32_t direction = task < plan.slots ? kY : kX;
+    if (active) {
+      const Box<Number> box =
+          box_on_level<Number>(problem, batch.box(slot), place.image, place.level);
+      own.line = box_axis(problem, box, direction);
+      own.factor = sample_factor(own.line.axis);
+      own.pixel = direction == kY ? place.y : place.x;
+      const int32_t pixels = own.line.size - own.pixel;
+      const int32_t owned = direction == kY ? Tile::kRows : Tile::kColumns;
+      own.pixels = pixels < owned ? pixels : owned;
+    }
+    own.cell = direction == kY ? batch.y : batch.x;
+    own.cells = direction == kY ? batch.rows() : batch.columns();
+    own.table = slot * (direction == kY ? plan.cells_y : plan.cells_x) * kQuads;
+    own.ranges = slot * TileWeights<Tile>::kRanges + (direction == kY ? 0 : kGatherWarps + 1);
+    own.strips = direction == kY ? kGatherWarps : Tile::kQuads;
+    own.strip_pixels = direction == kY ? Tile::kWarpRows : kQuad;
   }
-  if (slot < batch.count() && member < strips) ranges[member] = {0, 0};
   __syncwarp();
-  for (int32_t base = 0; base < cells; base += group) {
+  // Lane i of a group keeps the range of strip i, and lane 0 that of the tile.
+  if (active && member < own.strips) weights.range[own.ranges + member] = {0, 0};
+  if (active && member == 0) weights.range[own.ranges + own.strips] = {0, 0};
+  for (int32_t base = 0; base < own.cells; base += group) {
     const int32_t cell = base + member;
     uint32_t touched = 0;  // bit i: the cell reads pixel i of the tile
-    if (slot < batch.count() && cell < cells) {
-      Quad<Number>* quad = table + cell * kQuads;
+    if (active && cell < own.cells) {
+      Quad<Number>* quad = (task < plan.slots ? weights.y : weights.x) + own.table + cell * kQuads;
       auto* weight_of = reinterpret_cast<Number*>(quad);
       GLIMPSE_UNROLL
       for (int32_t i = 0; i < kQuads; ++i) quad[i] = Quad<Number>{};
-      for_each_tap(problem.op, own.line.axis, first_cell + cell, own.first,
-                   own.first + own.pixels - 1, own.line.size,
+      for_each_tap(problem.op, own.line.axis, own.cell + cell, own.pixel,
+                   own.pixel + own.pixels - 1, own.line.size,
                    [&](int32_t pixel, Number weight, Number slope, Number progress) {
-                     const int32_t i = pixel - own.first;
+                     const int32_t i = pixel - own.pixel;
                      if (static_cast<uint32_t>(i) < static_cast<uint32_t>(own.pixels)) {
                        weight_of[i] += own.line.weighting(weight, slope, progress);
                      }
@@ -441,19 +463,20 @@ __device__ __forceinline__ void build_weights(const Problem& problem, const Gath
         quad[i] = scaled;
       }
     }
-    // Lane i of a group keeps the range of strip i, and lane 0 that of the tile.
     const int32_t group_base = lane - member;
     const uint32_t group_mask = kFullWarp >> (32 - group);
     const uint32_t tile_cells = __ballot_sync(kFullWarp, touched != 0) >> group_base & group_mask;
+    const int32_t strip_pixels = own.strip_pixels;
     uint32_t strip_cells = 0;
     GLIMPSE_UNROLL
     for (int32_t strip = 0; strip < kGatherWarps; ++strip) {
-      const uint32_t pixels = touched >> (strip * strip_pixels) & strip_mask;
+      const uint32_t pixels = touched >> (strip * strip_pixels) & ((1u << strip_pixels) - 1);
       const uint32_t reading = __ballot_sync(kFullWarp, pixels != 0);
       if (member == strip) strip_cells = reading >> group_base & group_mask;
     }
-    if (strip_cells != 0) extend(&ranges[member], strip_cells, first_cell + base);
-    if (member == 0 && tile_cells != 0) extend(&ranges[strips], tile_cells, first_cell + base);
+    Cells* ranges = weights.range + own.ranges;
+    if (strip_cells != 0) extend(&ranges[member], strip_cells, own.cell + base);
+    if (member == 0 && tile_cells != 0) extend(&ranges[own.strips], tile_cells, own.cell + base);
   }
 }
 
@@ -518,7 +541,7 @@ struct TileSums {
 template <class Number>
 constexpr size_t fixed_shared_bytes() {
   return sizeof(TilePlace) + sizeof(BoxList) + sizeof(Visit) +
-         kGatherThreads / 8 * sizeof(TileLine<Number>) + 64;  // 64: for alignment
+         2 * kMostSlots * sizeof(TileLine<Number>) + 64;  // 64: for alignment
 }
 
 /// The cells of an axis that can touch the pixels first_pixel .. last_pixel, and maybe some more.
@@ -580,11 +603,12 @@ __device__ __forceinline__ void for_each_batch(const Problem& problem, const Gat
   GLIMPSE_SHARED(Visit, visit, );
   const bool whole = plan.cells_y == problem.out_height && plan.cells_x == problem.out_width;
   if (threadIdx.x == 0) {
+    list.next = 0;
     visit = {{0, problem.out_height}, {0, problem.out_width}, plan.cells_y, plan.cells_x};
   }
-  const auto boxes = static_cast<int32_t>(problem.boxes);
-  for (int32_t chunk = 0; chunk < boxes; chunk += kChunk) {
-    list_boxes<Tile>(problem, place, chunk, &list);
+  __syncthreads();  // also for what the caller has set up
+  while (list.next < problem.boxes) {
+    list_boxes<Tile>(problem, place, &list);
     for (int32_t begin = 0; begin < list.size; begin += plan.slots) {
       if (!whole) {
         __syncthreads();  // before the loops below forget the last visit
@@ -612,12 +636,14 @@ __device__ __forceinline__ void for_each_batch(const Problem& problem, const Gat
 /// the pooled gradient of its channels in one piece, one cell ahead of the sums.
 template <class T, class Tile>
 __device__ __forceinline__ void add_batch_nhwc(const Problem& problem, const GatherPlan& plan,
+                                               const TilePlace& place,
                                                const TileWeights<Tile>& weights, const Batch& batch,
-                                               int64_t channel, TileSums<Tile>& sums) {
+                                               TileSums<Tile>& sums) {
   using Number = typename Tile::Number;
   using GradPack = Pack<T, Tile::kVector>;
   constexpr int32_t kCellQuads = TileWeights<Tile>::kCellQuads;
   const int32_t warp = threadIdx.x >> 5;
+  const int64_t channel = channel_of_thread<Tile>(place);
   const bool active = channel < problem.channels;
   for (int32_t slot = 0; slot < batch.count(); ++slot) {
     const Cells rows = weights.rows_of_warp(slot, warp);
@@ -664,18 +690,16 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
   GLIMPSE_DYNAMIC_SHARED(shared);
   GLIMPSE_SHARED(TilePlace, place, );
   if (threadIdx.x == 0) place = place_of_block<Tile>(problem, plan);
-  __syncthreads();
   const TileWeights<Tile> weights(plan, shared);
-  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int64_t channel = (int64_t{place.slice} * 32 + lane) * Tile::kVector;
   TileSums<Tile> sums;
   sums.clear();
   for_each_batch(problem, plan, place, weights, [&](const Batch& batch) {
-    add_batch_nhwc<T>(problem, plan, weights, batch, channel, sums);
+    add_batch_nhwc<T>(problem, plan, place, weights, batch, sums);
   });
 
   const Level& level = problem.level[place.level];
-  const int32_t y = place.y + warp;
+  const int64_t channel = channel_of_thread<Tile>(place);
+  const int32_t y = place.y + static_cast<int32_t>(threadIdx.x >> 5);
   if (channel >= problem.channels || y >= level.height) return;
   T* row = static_cast<T*>(level.data) + place.image * level.stride_n + y * level.stride_h +
            channel * level.stride_c;
@@ -819,7 +843,6 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
   GLIMPSE_DYNAMIC_SHARED(shared);
   GLIMPSE_SHARED(TilePlace, place, );
   if (threadIdx.x == 0) place = place_of_block<Tile>(problem, plan);
-  __syncthreads();
   auto* stage = reinterpret_cast<Number*>(shared);
   const TileWeights<Tile> weights(plan, shared + Stage<Tile>::kBytes);
   TileSums<Tile> sums;
