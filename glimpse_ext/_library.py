@@ -55,7 +55,7 @@ def _load_cuda() -> tuple[Path | None, str | None]:
         return None, f"this torch ({torch.__version__}) is built without CUDA"
     if not path.exists():
         return None, (
-            "glimpse_ext was built without CUDA (no nvcc when it was built); "
+            "glimpse_ext was built without CUDA (glimpse-ext doctor says why); "
             "reinstall it on a machine with nvcc, or from a wheel that has CUDA"
         )
     try:
