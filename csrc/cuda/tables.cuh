@@ -94,10 +94,10 @@ inline bool tables_apply(const Problem& problem) {
   return int64_t{problem.out_height} + problem.out_width <= kMostTableRows;
 }
 
-/// Samples of every cell of every box, or 0 where the box decides.
-inline int32_t fixed_samples(const Operator& op) {
-  return op.roi_align.sampling_ratio > 0 ? op.roi_align.sampling_ratio : 0;
-}
+/// Samples of every cell of every box, or 0 where the box decides: only the operator knows. With
+/// a fixed number each row has a slot of one size; otherwise rows are packed one behind another,
+/// which takes two barriers more.
+inline int32_t fixed_samples(const Operator& op) { return op.fixed_samples(); }
 
 /// The tables of any box of `problem`, which must satisfy tables_apply.
 inline TableShape table_shape(const Problem& problem, int32_t most_taps = kMostTableTaps) {

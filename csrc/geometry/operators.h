@@ -44,6 +44,11 @@ struct Operator {
     return roi_align.axis(direction, box, scale, cells);
   }
 
+  /// Samples of every cell where they do not depend on the box, else 0. Tables are sized by it.
+  GLIMPSE_HD int32_t fixed_samples() const {
+    return roi_align.sampling_ratio > 0 ? roi_align.sampling_ratio : 0;
+  }
+
   /// Columns of the two box edges that make an axis, counted after the image column.
   GLIMPSE_HD int32_t lo_column(int32_t direction) const { return RoiAlign::lo_column(direction); }
   GLIMPSE_HD int32_t hi_column(int32_t direction) const { return RoiAlign::hi_column(direction); }
