@@ -43,10 +43,14 @@ struct Problem {
   Layout layout;
 
   const void* box;             // [boxes, box_columns]
-  int32_t box_columns;         // 5: the image index stands in column 0; 4: it is in image_index
-  const int64_t* image_index;  // [boxes] or null
+  int32_t box_columns;         // of the operator, and one more where image_column is set
+  int32_t image_column;        // 1: column 0 is the image index; 0: no such column
+  const int64_t* image_index;  // [boxes], or null where there is a column or a rule
+  int64_t boxes_per_image;     // the rule without either: box k reads image k / boxes_per_image
   const void* tangent;         // [boxes, box_columns] or null: the motion of the boxes
   int32_t tangent_axes;        // bit 1 << direction: that axis uses tangent weights
+
+  double fill;  // pooled value of cells that keep no sample, and of boxes that read nothing
 
   void* pooled;     // [boxes, channels, out_height, out_width], dense in `layout`; written by
                     // sample, read by the gradients
@@ -70,7 +74,7 @@ template <class T>
 GLIMPSE_HD Box<T> read_box(const Problem& problem, int64_t k) {
   Box<T> box;
   const T* row = static_cast<const T*>(problem.box) + k * problem.box_columns;
-  const int32_t skip = problem.box_columns - 4;
+  const int32_t skip = problem.image_column;
   box.edges = row + skip;
   box.tangent = problem.tangent == nullptr
                     ? nullptr
@@ -79,6 +83,9 @@ GLIMPSE_HD Box<T> read_box(const Problem& problem, int64_t k) {
   if (problem.image_index != nullptr) {
     box.image = problem.image_index[k];
     valid = box.image >= 0 && box.image < problem.batch;
+  } else if (skip == 0) {
+    box.image = k / problem.boxes_per_image;
+    valid = box.image < problem.batch;
   } else {
     const T index = row[0];
     valid = index > T(-1) && index < static_cast<T>(problem.batch);

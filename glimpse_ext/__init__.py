@@ -3,10 +3,15 @@
 
 from . import _library, reference
 from ._arguments import set_check_indices
+from . import extract_glimpse as _extract_glimpse  # noqa: F401
+from .crop import crop, crop_and_resize, point_sample
 from .roi_align import multiscale_roi_align, roi_align
 
 __all__ = [
+    "crop",
+    "crop_and_resize",
     "multiscale_roi_align",
+    "point_sample",
     "reference",
     "roi_align",
     "set_check_indices",

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,29 @@ def check_indices(name: str, boxes: Tensor, images: int) -> None:
             f"{name}: box {first} refers to image {index[first].item():g}, "
             f"but the input has {images} image{'' if images == 1 else 's'}"
         )
+
+
+def check_separate_indices(name: str, index: Tensor, images: int) -> None:
+    """Raises on an image index outside the batch where the caller asked for that."""
+    if not _check_indices or torch.compiler.is_compiling() or index.dim() != 1:
+        return
+    bad = (index < 0) | (index >= images)
+    if bool(bad.any()):
+        first = int(bad.to(torch.int64).argmax())
+        raise RuntimeError(
+            f"{name}: box {first} refers to image {int(index[first])}, "
+            f"but the input has {images} image{'' if images == 1 else 's'}"
+        )
+
+
+T = TypeVar("T")
+
+
+def choose(name: str, argument: str, value: str, choices: Mapping[str, T]) -> T:
+    """The choice that `value` names."""
+    if value not in choices:
+        raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")
+    return choices[value]
 
 
 def size_pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:

@@ -194,30 +194,33 @@ def _sample_vjp(
     needs: _Needs,
     maps: Maps,
 ) -> _Gradients:
+    where = where.linear()
     to_features: tuple[Tensor | None, ...] = (None,) * (len(maps.sizes) // 2 - 1)
     to_boxes = to_tangent = None
     if needs.features:
         to_features = grad_features(grad, where, maps)
     if needs.boxes or needs.tangent:
         assert features is not None
-        to_boxes, to_tangent = _split(grad_boxes(features, grad, where), where, needs)
+        to_boxes, to_tangent = _split(grad_boxes(features, grad, where.slopes()), where, needs)
     return _Gradients(to_features, to_boxes, to_tangent)
 
 
 def _grad_features_vjp(
     grad: Tensor, where: Where, cotangents: Sequence[Tensor], needs: _Needs
 ) -> _Gradients:
+    where = where.linear()
     to_grad = to_boxes = to_tangent = None
     if needs.grad:
         to_grad = sample(cotangents, where)
     if needs.boxes or needs.tangent:
-        to_boxes, to_tangent = _split(grad_boxes(cotangents, grad, where), where, needs)
+        to_boxes, to_tangent = _split(grad_boxes(cotangents, grad, where.slopes()), where, needs)
     return _Gradients((), to_boxes, to_tangent, to_grad)
 
 
 def _grad_boxes_vjp(
     features: Sequence[Tensor], grad: Tensor, where: Where, cotangent: Tensor, needs: _Needs
 ) -> _Gradients:
+    where = where.linear()
     to_features: list[list[Tensor]] = [[] for _ in features]
     to_grad: list[Tensor] = []
     for axis in AXES:
@@ -266,7 +269,9 @@ def _sample_jvp(
     boxes_tangent: Tensor | None,
     tangent_tangent: Tensor | None,
 ) -> Tensor | None:
-    terms = [sample(features, moved) for moved in _motions(where, boxes_tangent, tangent_tangent)]
+    where = where.linear()
+    moves = _motions(where.slopes(), boxes_tangent, tangent_tangent)
+    terms = [sample(features, moved) for moved in moves]
     if any(t is not None for t in features_tangents):
         terms.append(sample(_filled(features_tangents, features), where))
     return _sum(terms) if terms else None
@@ -280,9 +285,10 @@ def _grad_features_jvp(
     boxes_tangent: Tensor | None,
     tangent_tangent: Tensor | None,
 ) -> tuple[Tensor, ...] | None:
+    where = where.linear()
     terms = [
         grad_features(grad, moved, maps)
-        for moved in _motions(where, boxes_tangent, tangent_tangent)
+        for moved in _motions(where.slopes(), boxes_tangent, tangent_tangent)
     ]
     if grad_tangent is not None:
         terms.append(grad_features(grad_tangent, where, maps))
@@ -300,6 +306,7 @@ def _grad_boxes_jvp(
     boxes_tangent: Tensor | None,
     tangent_tangent: Tensor | None,
 ) -> Tensor | None:
+    where = where.linear()
     terms = []
     if any(t is not None for t in features_tangents):
         terms.append(grad_boxes(_filled(features_tangents, features), grad, where))

@@ -49,7 +49,7 @@ Dims = dict[int, int]
 
 def _check_fake(name: str, features: Sequence[Tensor], where: Where) -> None:
     """The checks of csrc/ops that a tensor without numbers can fail; same words."""
-    boxes, columns = where.boxes, 4 if where.image_index is not None else 5
+    boxes = where.boxes
     for feature in features:
         if feature.dim() != 4:
             raise RuntimeError(f"{name}: input must be [N, C, H, W], got {list(feature.shape)}")
@@ -58,8 +58,12 @@ def _check_fake(name: str, features: Sequence[Tensor], where: Where) -> None:
                 f"{name}: boxes must be on the device of the features, {feature.device}, "
                 f"got {boxes.device}"
             )
-    if boxes.dim() != 2 or boxes.shape[1] != columns:
-        raise RuntimeError(f"{name}: boxes must be [K, {columns}], got {list(boxes.shape)}")
+    columns = where.sampler.columns.count
+    widths = [columns] if where.image_index is not None else [columns + 1]
+    if where.image_index is None and where.sampler.even:
+        widths.append(columns)
+    if boxes.dim() != 2 or boxes.shape[1] not in widths:
+        raise RuntimeError(f"{name}: boxes must be [K, {widths[0]}], got {list(boxes.shape)}")
 
 
 def _fake_pooled(first: Tensor, where: Where) -> Tensor:
@@ -103,16 +107,25 @@ def _optional_flat(tensor: Tensor | None, dims: Dims, size: int) -> Tensor | Non
     return None if tensor is None else _flat(tensor, dims, size)
 
 
-def _batch_where(where: Where, dims: Dims, size: int, images: int | None) -> Where:
+def _batch_where(where: Where, dims: Dims, size: int, images: int, own_images: bool) -> Where:
     """One place for all examples of a batch.
 
-    images: the number of images of one example where examples have images of their own, so that
-    example e reads images e*images and on; None where all examples read the same images.
+    images: the number of images of one example. Where examples have images of their own, example e
+    reads images e*images and on; otherwise all read the same.
     """
     boxes = _to_front(where.boxes, dims, size)
     tangent = None if where.tangent is None else _to_front(where.tangent, dims, size)
     levels = _optional_flat(where.levels, dims, size)
-    if images is None:
+    skip = boxes.shape[-1] - where.sampler.columns.count
+    if where.image_index is None and skip == 0:
+        # As many boxes for each image.
+        count = boxes.shape[1]
+        index = torch.arange(count, device=boxes.device) // max(count // max(images, 1), 1)
+        index = index.expand(size, count)
+        if own_images:
+            index = index + images * torch.arange(size, device=boxes.device).unsqueeze(1)
+        image_index: Tensor | None = index.flatten()
+    elif not own_images:
         image_index = _optional_flat(where.image_index, dims, size)
     else:
         if where.image_index is None:
@@ -140,10 +153,10 @@ def _batch_sample(
 ) -> tuple[Tensor, int]:
     own_images = any(id(f) in dims for f in features)
     one = features[0]
-    images = one.shape[0 if dims.get(id(one)) != 0 else 1] if own_images else None
+    images = one.shape[0 if dims.get(id(one)) != 0 else 1]
     boxes = where.boxes.shape[0 if dims.get(id(where.boxes)) != 0 else 1]
     flat = [_flat(f, dims, size) for f in features] if own_images else list(features)
-    place = _batch_where(where, dims, size, images)
+    place = _batch_where(where, dims, size, images, own_images)
     pooled = _ops._sample.default(flat, *place.arguments())
     return pooled.unflatten(0, (size, boxes)), 0
 
@@ -154,7 +167,7 @@ def _batch_grad_features(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tens
     images = maps.sizes[0]
     grads = _ops._sample_grad_features.default(
         _flat(grad, dims, size),
-        *_batch_where(where, dims, size, images).arguments(),
+        *_batch_where(where, dims, size, images, True).arguments(),
         [size * images, *maps.sizes[1:]],
         maps.channels_last,
     )
@@ -166,11 +179,11 @@ def _batch_grad_boxes(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]
     dims, size = _dims(args, in_dims), info.batch_size
     own_images = any(id(f) in dims for f in features)
     one = features[0]
-    images = one.shape[0 if dims.get(id(one)) != 0 else 1] if own_images else None
+    images = one.shape[0 if dims.get(id(one)) != 0 else 1]
     boxes = where.boxes.shape[0 if dims.get(id(where.boxes)) != 0 else 1]
     columns = where.boxes.shape[-1 if dims.get(id(where.boxes)) != where.boxes.dim() - 1 else -2]
     flat = [_flat(f, dims, size) for f in features] if own_images else list(features)
-    place = _batch_where(where, dims, size, images)
+    place = _batch_where(where, dims, size, images, own_images)
     got = _ops._sample_grad_boxes.default(flat, _flat(grad, dims, size), *place.arguments())
     if got.shape[1] != columns:  # the image column went into an index of its own
         got = torch.nn.functional.pad(got, (1, 0))

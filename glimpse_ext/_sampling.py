@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,19 @@ from torch import Tensor
 Y, X, BOTH = 1, 2, 3
 AXES = (Y, X)
 """Sets of axes, as bits."""
+
+
+class BoxColumns(NamedTuple):
+    """Columns of a box, not counting an image column."""
+
+    count: int
+    y: tuple[int, int]
+    """Of the low and high edge along y; one column twice where a single number makes the axis."""
+    x: tuple[int, int]
+
+
+COLUMNS: dict[int, Callable[[tuple[float, ...]], BoxColumns]] = {}
+"""The columns of each operator kind, from its params; csrc/geometry/operators.h."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +40,28 @@ class Sampler:
     params: tuple[float, ...]
     scales: tuple[float, ...]
     level_rule: tuple[float, ...]
-    y_columns: tuple[int, int]
-    """Columns of the low and high box edge along y, counted after the image column."""
-    x_columns: tuple[int, int]
+    fill: float = 0.0
+    """What stands in cells that read nothing."""
+    slope_params: tuple[float, ...] | None = None
+    """The params whose slopes are the derivative in the boxes, where they are not ``params``."""
 
-    def arguments(self) -> tuple[list[int], int, list[float], list[float], list[float]]:
+    @property
+    def even(self) -> bool:
+        """Whether image indices may be left out where each image has as many boxes."""
+        return self.op != 0
+
+    @property
+    def columns(self) -> BoxColumns:
+        return COLUMNS[self.op](self.params)
+
+    def arguments(self) -> tuple[list[int], int, list[float], list[float], list[float], float]:
         return (
             list(self.output_size),
             self.op,
             [float(p) for p in self.params],
             [float(s) for s in self.scales],
             [float(r) for r in self.level_rule],
+            self.fill,
         )
 
 
@@ -81,6 +105,24 @@ class Where(NamedTuple):
             *self.sampler.arguments(),
         )
 
+    @property
+    def image_column(self) -> int:
+        """1 where column 0 of the boxes is the image index, else 0."""
+        return self.boxes.shape[-1] - self.sampler.columns.count
+
+    def linear(self) -> Where:
+        """The part that is linear in the feature maps: nothing is filled in."""
+        if self.sampler.fill == 0:
+            return self
+        return self._replace(sampler=replace(self.sampler, fill=0.0))
+
+    def slopes(self) -> Where:
+        """Where derivatives in the boxes are taken."""
+        params = self.sampler.slope_params
+        if params is None:
+            return self
+        return self._replace(sampler=replace(self.sampler, params=params, slope_params=None))
+
     def along(self, axis: int, motion: Tensor, axes: int) -> Where:
         """The same place with ``axes`` in tangent mode, ``axis`` of them along ``motion``."""
         other = BOTH - axis
@@ -91,12 +133,12 @@ class Where(NamedTuple):
 
 
 def axis_mask(where: Where, axes: int) -> Tensor:
-    skip = where.boxes.shape[1] - 4
-    sampler = where.sampler
+    skip = where.image_column
+    columns = where.sampler.columns
     # Compared on the device: a copy from the host would wait for the device.
     column = torch.arange(where.boxes.shape[1], device=where.boxes.device)
     mask = torch.zeros_like(column, dtype=torch.bool)
-    for axis, edges in ((Y, sampler.y_columns), (X, sampler.x_columns)):
+    for axis, edges in ((Y, columns.y), (X, columns.x)):
         if axes & axis:
             for edge in edges:
                 mask = mask | (column == skip + edge)
@@ -116,16 +158,10 @@ def is_channels_last(features: Tensor) -> bool:
 
 def place(args: Sequence[Any]) -> Where:
     """Where, from the sampling arguments of a generic operator."""
-    boxes, image_index, levels, tangent, axes, output_size, op, params, scales, level_rule = args
-    y_columns, x_columns = COLUMNS[op]
+    boxes, image_index, levels, tangent, axes = args[:5]
+    output_size, op, params, scales, level_rule, fill = args[5:]
     sampler = Sampler(
-        tuple(output_size),
-        op,
-        tuple(params),
-        tuple(scales),
-        tuple(level_rule),
-        y_columns,
-        x_columns,
+        tuple(output_size), op, tuple(params), tuple(scales), tuple(level_rule), float(fill)
     )
     return Where(boxes, image_index, levels, tangent, axes, sampler)
 
@@ -142,7 +178,3 @@ def bind_grad_boxes(
     features: Sequence[Tensor], grad: Tensor, *args: Any
 ) -> tuple[Sequence[Tensor], Tensor, Where]:
     return features, grad, place(args)
-
-
-COLUMNS: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
-"""Columns of the box edges along y and x for each operator kind; csrc/geometry/operators.h."""

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import check_indices, join_boxes, size_pair
+from ._arguments import check_indices, choose, join_boxes, size_pair
 from ._register import register_sampler
-from ._sampling import COLUMNS, Sampler, Where
+from ._sampling import COLUMNS, BoxColumns, Sampler, Where
 
 _KIND = 0
-_Y_COLUMNS, _X_COLUMNS = (1, 3), (0, 2)  # x1, y1, x2, y2
-COLUMNS[_KIND] = (_Y_COLUMNS, _X_COLUMNS)
+_COLUMNS = BoxColumns(4, y=(1, 3), x=(0, 2))
+COLUMNS[_KIND] = lambda params: _COLUMNS
 
 _ASSIGN = {"torchvision": 0, "detectron2": 1}
 
@@ -29,15 +29,7 @@ def _place(
     aligned: bool,
     level_rule: tuple[float, ...],
 ) -> Where:
-    sampler = Sampler(
-        output_size,
-        _KIND,
-        (sampling_ratio, aligned),
-        tuple(scales),
-        level_rule,
-        _Y_COLUMNS,
-        _X_COLUMNS,
-    )
+    sampler = Sampler(output_size, _KIND, (sampling_ratio, aligned), tuple(scales), level_rule)
     return Where(boxes, None, levels, None, 0, sampler)
 
 
@@ -197,8 +189,7 @@ def multiscale_roi_align(
     maps = list(features.values()) if isinstance(features, Mapping) else list(features)
     boxes = join_boxes(name, boxes)
     height, width = size_pair(name, output_size)
-    if assign not in _ASSIGN:
-        raise ValueError(f"{name}: assign must be one of {', '.join(_ASSIGN)}, got {assign!r}")
+    rule = choose(name, "assign", assign, _ASSIGN)
     if maps and maps[0].dim() == 4:
         check_indices(name, boxes, maps[0].shape[0])
         if torch.is_autocast_enabled(maps[0].device.type):
@@ -218,5 +209,5 @@ def multiscale_roi_align(
         aligned,
         float(canonical_size),
         canonical_level,
-        _ASSIGN[assign],
+        rule,
     )

@@ -49,9 +49,9 @@ def op_samples(device):
     index = torch.tensor([1, 0, 1], device=device.torch)
     tangent = random_tensor((3, 5), F64, "tangent").to(device.torch)
     grad = random_tensor((3, 4, 2, 3), F64, "grad").to(device.torch)
-    plain = ([2, 3], 0, [2.0, 1.0], [1.0], [])
-    pyramid = ([2, 3], 0, [-1.0, 0.0], [1.0, 0.5], [1.0, 4.0, 1.0])
-    explicit = ([2, 3], 0, [2.0, 0.0], [1.0, 0.5], [])
+    plain = ([2, 3], 0, [2.0, 1.0], [1.0], [], 0.0)
+    pyramid = ([2, 3], 0, [-1.0, 0.0], [1.0, 0.5], [1.0, 4.0, 1.0], 0.0)
+    explicit = ([2, 3], 0, [2.0, 0.0], [1.0, 0.5], [], 0.0)
     corners = boxes[:, 1:]
 
     def grads(t):
@@ -95,6 +95,32 @@ def op_samples(device):
         "multiscale_roi_align levels": (
             ops.multiscale_roi_align.default,
             ([grads(last), small], boxes, levels, 2, 3, [1.0, 0.5], 2, True, 4.0, 1, 1),
+        ),
+        "crop": (ops.crop.default, (grads(image), grads(boxes), None, 2, 3, 2, False, 0)),
+        "crop image index": (
+            ops.crop.default,
+            (grads(last), grads(corners), index, 2, 3, 0, True, 1),
+        ),
+        "crop even": (ops.crop.default, (image, grads(corners[:2]), None, 2, 3, 2, False, 1)),
+        "crop_and_resize": (
+            ops.crop_and_resize.default,
+            (grads(image), grads(corners / 9), index, 2, 3, True, False, 7.0),
+        ),
+        "crop_and_resize nearest": (
+            ops.crop_and_resize.default,
+            (grads(last), grads(corners / 9), index, 2, 3, False, True, 7.0),
+        ),
+        "point_sample": (
+            ops.point_sample.default,
+            (grads(image), grads(corners[:2, :2] / 9), False),
+        ),
+        "subpixel_glimpse": (
+            ops.subpixel_glimpse.default,
+            (grads(image), grads(corners[:2, :2] / 9), 2, 3, 2, True, True, 1),
+        ),
+        "subpixel_glimpse scales": (
+            ops.subpixel_glimpse.default,
+            (grads(last), grads(corners[:2, :3].abs().ceil()), 2, 3, 1, True, False, 0),
         ),
         "_sample": (
             ops._sample.default,

@@ -66,6 +66,18 @@ inline int64_t cells_of(const Problem& problem) {
   return int64_t{problem.out_height} * problem.out_width;
 }
 
+/// What stands in cells that read nothing.
+template <class P, class A>
+P fill_of(const Problem& problem) {
+  return Store<P>::from(static_cast<A>(problem.fill));
+}
+
+/// to[0] = ... = to[count - 1] = value.
+template <class P>
+void fill_cells(P* to, int64_t count, P value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
 /// Rows of cells that are transposed together: enough to fill vectors, few enough for the cache.
 inline int32_t rows_together(const Problem& problem) {
   const int32_t wanted = 512 / (problem.out_width > 0 ? problem.out_width : 1);

@@ -123,8 +123,10 @@ void sample_cell_by_cell(const Problem& problem, const BoxPlan<acc_t<T>>& plan, 
   for (int64_t c = 0; c < channels; ++c, window += level.stride_c) {
     for (int32_t i = 0; i < problem.out_height; ++i) {
       for (int32_t j = 0; j < problem.out_width; ++j, ++to) {
-        A sum = 0;
-        if (i >= plan.y.first && i < plan.y.end) {
+        A sum = static_cast<A>(problem.fill);
+        if (i >= plan.y.first && i < plan.y.end && plan.y.tap_begin(i) < plan.y.tap_end(i) &&
+            plan.x.tap_begin(j) < plan.x.tap_end(j)) {
+          sum = 0;
           for (int32_t ty = plan.y.tap_begin(i); ty < plan.y.tap_end(i); ++ty) {
             const T* row = window + plan.y.index[ty] * level.stride_h;
             A part = 0;
@@ -152,7 +154,7 @@ void sample_nchw(const Work<acc_t<T>>& work) {
     auto* to = static_cast<pooled_t<T>*>(problem.pooled) +
                (plan.box * problem.channels + work.channel) * cells;
     if (plan.empty) {
-      __builtin_memset(to, 0, sizeof(*to) * static_cast<size_t>(work.channels * cells));
+      fill_cells(to, work.channels * cells, fill_of<pooled_t<T>, A>(problem));
       continue;
     }
     const Level& level = problem.level[plan.level];
@@ -176,7 +178,7 @@ void sample_nchw(const Work<acc_t<T>>& work) {
       A* row = gathered;
       for (int32_t i = first; i < end; ++i, row += int64_t{problem.out_width} * L) {
         if (i < plan.y.first || i >= plan.y.end || plan.y.tap_begin(i) == plan.y.tap_end(i)) {
-          __builtin_memset(row, 0, sizeof(A) * static_cast<size_t>(problem.out_width) * L);
+          fill_cells(row, int64_t{problem.out_width} * L, static_cast<A>(problem.fill));
           continue;
         }
         const int32_t tap = plan.y.tap_begin(i);
@@ -186,6 +188,9 @@ void sample_nchw(const Work<acc_t<T>>& work) {
 #define GLIMPSE_CALL(taps) sum_columns<taps, A>(columns, plan.x, row)
         GLIMPSE_WITH_UNIFORM(plan.x.uniform, GLIMPSE_CALL)
 #undef GLIMPSE_CALL
+        for (int32_t u = 0; u < plan.unread_count; ++u) {
+          store(row + int64_t{plan.unread[u]} * L, broadcast(static_cast<A>(problem.fill)));
+        }
       }
       store_cells(gathered, int64_t{end - first} * problem.out_width, work.channels,
                   to + int64_t{first} * problem.out_width, cells);
@@ -209,6 +214,9 @@ void sample_channels(const Problem& problem, const BoxPlan<acc_t<T>>& plan, cons
     for (int32_t j = 0; j < problem.out_width; ++j, to += problem.channels) {
       const int32_t x_begin = plan.x.tap_begin(j), x_end = plan.x.tap_end(j);
       Vector<A> sum[N] = {};
+      if (y_begin == y_end || x_begin == x_end) {
+        for (int v = 0; v < N; ++v) sum[v] = broadcast(static_cast<A>(problem.fill));
+      }
       for (int32_t ty = y_begin; ty < y_end; ++ty) {
         const T* row = image + plan.y.index[ty] * level.stride_h;
         for (int32_t tx = x_begin; tx < x_end; ++tx) {
@@ -243,7 +251,7 @@ void sample_nhwc(const Work<acc_t<T>>& work) {
                work.channel;
     if (plan.empty) {
       for (int64_t i = 0; i < cells; ++i, to += problem.channels) {
-        __builtin_memset(to, 0, sizeof(*to) * static_cast<size_t>(work.channels));
+        fill_cells(to, work.channels, fill_of<pooled_t<T>, A>(problem));
       }
       continue;
     }

@@ -25,7 +25,7 @@ void write_row(const Problem& problem, const BoxPlan<A>& plan, const BoxGradient
   A* row = static_cast<A*>(problem.grad_box) + plan.box * problem.box_columns;
   std::fill_n(row, problem.box_columns, A(0));
   if (plan.empty) return;
-  A* edges = row + problem.box_columns - 4;
+  A* edges = row + problem.image_column;
   for (const Direction direction : {kY, kX}) {
     double origin = 0, step = 0;
     for (int64_t part = 0; part < parts; ++part) {
@@ -33,9 +33,9 @@ void write_row(const Problem& problem, const BoxPlan<A>& plan, const BoxGradient
       step += sums[part * stride].step[direction];
     }
     const Axis<A>& axis = plan.axis[direction];
-    edges[problem.op.lo_column(direction)] =
+    edges[problem.op.lo_column(direction)] +=
         static_cast<A>(origin * axis.origin_lo + step * axis.step_lo);
-    edges[problem.op.hi_column(direction)] =
+    edges[problem.op.hi_column(direction)] +=
         static_cast<A>(origin * axis.origin_hi + step * axis.step_hi);
   }
 }

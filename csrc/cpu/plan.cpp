@@ -147,6 +147,7 @@ class Planner {
     plan.empty = true;
     plan.direct = false;
     plan.column_mask = nullptr;
+    plan.unread_count = 0;
     if (box.level < 0) return;
     const Level& level = problem_.level[box.level];
     if (level.height == 0 || level.width == 0) return;
@@ -172,6 +173,7 @@ class Planner {
       plan.x = make_table(columns_.start.data(), 0, columns_.cells(), columns_.pixels.data(),
                           columns_.weight.data(), plan.first_column,
                           pad ? Padding::kZeroSlot : Padding::kNone, plan.vectors * lanes_, arena_);
+      if (pad && !(problem_.fill == 0)) list_unread(plan);
       if (purpose_ == Purpose::kGradBoxes) {
         add_slopes(rows_, plan.y);
         add_slopes(columns_, plan.x);
@@ -213,6 +215,14 @@ class Planner {
     const bool sparse = columns > 4 * int64_t{columns_.taps()} + 64;
     plan.direct = sparse || padded > kMaxColumns || problem_.out_width > kMaxColumns ||
                   problem_.out_height > kMaxColumns;
+  }
+
+  void list_unread(BoxPlan<A>& plan) {
+    auto* unread = arena_.template allocate<int32_t>(columns_.cells());
+    for (int32_t cell = 0; cell < columns_.cells(); ++cell) {
+      if (columns_.start[cell] == columns_.start[cell + 1]) unread[plan.unread_count++] = cell;
+    }
+    plan.unread = unread;
   }
 
   void add_slopes(const RowBuffer<A>& buffer, Table<A>& table) {

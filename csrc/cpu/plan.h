@@ -66,6 +66,8 @@ struct BoxPlan {
   Table<A> y_transposed;  // touched row -> cells
   Table<A> x_transposed;  // column (kNchw: each of the window; kNhwc: slot) -> cells
   const A* column_mask;   // kNchw, grad_boxes: all bits set where a column is touched
+  const int32_t* unread;  // sample, kNchw: cells along x that read nothing, where the fill is not 0
+  int32_t unread_count;
 
   /// The numbers that take gradients of origin and step to the box edges.
   Axis<A> axis[2];

@@ -56,6 +56,7 @@ void sample_typed(const Problem& problem) {
       for (int32_t i = 0; i < problem.out_height; ++i) {
         for (int32_t j = 0; j < problem.out_width; ++j) {
           double sum = 0;
+          bool empty = true;
           if (box.level >= 0) {
             const Level& level = problem.level[box.level];
             const auto* features = static_cast<const T*>(level.data);
@@ -64,11 +65,12 @@ void sample_typed(const Problem& problem) {
             for_each_mean_tap(problem.op, along_y, i, [&](int32_t y, double wy, double, double) {
               for_each_mean_tap(problem.op, along_x, j, [&](int32_t x, double wx, double, double) {
                 sum += wy * wx * load_value(features[level_offset(level, box.image, c, y, x)]);
+                empty = false;
               });
             });
           }
           pooled[pooled_offset(problem, k, c, i, j)] =
-              Store<pooled_t<T>>::from(static_cast<Number>(sum));
+              Store<pooled_t<T>>::from(static_cast<Number>(empty ? problem.fill : sum));
         }
       }
     }
@@ -165,13 +167,13 @@ void grad_boxes_typed(const Problem& problem) {
     Number* row = rows + k * problem.box_columns;
     std::fill_n(row, problem.box_columns, Number(0));
     if (box.level < 0) continue;
-    Number* edges = row + problem.box_columns - 4;
+    Number* edges = row + problem.image_column;
     for (const Direction direction : {kY, kX}) {
       const Axis<Number> axis = box_axis(problem, box, direction).axis;
       const AxisGradient g = axis_gradient<T>(problem, k, box, direction);
-      edges[problem.op.lo_column(direction)] =
+      edges[problem.op.lo_column(direction)] +=
           static_cast<Number>(g.origin * axis.origin_lo + g.step * axis.step_lo);
-      edges[problem.op.hi_column(direction)] =
+      edges[problem.op.hi_column(direction)] +=
           static_cast<Number>(g.origin * axis.origin_hi + g.step * axis.step_hi);
     }
   }

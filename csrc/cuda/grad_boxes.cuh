@@ -79,12 +79,13 @@ __device__ __forceinline__ void write_box(const Problem& problem, int64_t k,
   Number* row = static_cast<Number*>(problem.grad_box) + k * problem.box_columns;
   for (int32_t i = 0; i < problem.box_columns; ++i) row[i] = 0;
   if (axis == nullptr) return;
-  Number* edges = row + problem.box_columns - 4;
+  Number* edges = row + problem.image_column;
   GLIMPSE_UNROLL
   for (int32_t d = 0; d < 2; ++d) {
     const Axis<Number>& a = axis[d].axis;
-    edges[problem.op.lo_column(d)] = sums.origin[d] * a.origin_lo + sums.step[d] * a.step_lo;
-    edges[problem.op.hi_column(d)] = sums.origin[d] * a.origin_hi + sums.step[d] * a.step_hi;
+    // Added, because several edges may be one column.
+    edges[problem.op.lo_column(d)] += sums.origin[d] * a.origin_lo + sums.step[d] * a.step_lo;
+    edges[problem.op.hi_column(d)] += sums.origin[d] * a.origin_hi + sums.step[d] * a.step_hi;
   }
 }
 

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(256) footprint_kernel(GLIMPSE_GRID_CONSTANT Pr
 template <class Number>
 __device__ __forceinline__ Box<Number> box_on_level(const Problem& problem, int64_t k,
                                                     int64_t image, int32_t level) {
-  const int64_t edges = k * problem.box_columns + problem.box_columns - 4;
+  const int64_t edges = k * problem.box_columns + problem.image_column;
   Box<Number> box;
   box.image = image;
   box.level = level;

@@ -45,14 +45,15 @@ __global__ void __launch_bounds__(256) sample_simple_kernel(GLIMPSE_GRID_CONSTAN
     const int32_t cell_y = cell / problem.out_width;
     const int32_t cell_x = cell - cell_y * problem.out_width;
 
-    Number value = 0;
+    const auto fill = static_cast<Number>(problem.fill);
+    Number value = fill;
     const Box<Number> box = read_box<Number>(problem, k);
     if (box.level >= 0) {
       const Level& level = problem.level[box.level];
       const T* plane =
           static_cast<const T*>(level.data) + box.image * level.stride_n + c * level.stride_c;
-      value = cell_value(problem.op, box_axis(problem, box, kY), box_axis(problem, box, kX), cell_y,
-                         cell_x, [&](int32_t y, int32_t x) {
+      value = cell_value(problem.op, fill, box_axis(problem, box, kY), box_axis(problem, box, kX),
+                         cell_y, cell_x, [&](int32_t y, int32_t x) {
                            return load_value(plane[y * level.stride_h + x * level.stride_w]);
                          });
     }
@@ -160,8 +161,8 @@ __global__ void __launch_bounds__(kNhwcThreads, 4)
       GLIMPSE_NO_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         pooled[c] = Store<T>::from(
-            cell_value(problem.op, tables.axis[kY], tables.axis[kX], cell / cells_x, cell % cells_x,
-                       [&](int32_t y, int32_t x) {
+            cell_value(problem.op, static_cast<float>(problem.fill), tables.axis[kY],
+                       tables.axis[kX], cell / cells_x, cell % cells_x, [&](int32_t y, int32_t x) {
                          return load_value(image[y * level.stride_h + x * level.stride_w + c]);
                        }));
       }
@@ -174,6 +175,10 @@ __global__ void __launch_bounds__(kNhwcThreads, 4)
   const Row* row_x = tables.row_x + cell % cells_x;
   for (; cell < end; ++cell) {
     float sum[kChannels] = {};
+    if (row_y->count == 0 || row_x->count == 0) {
+      GLIMPSE_UNROLL
+      for (int c = 0; c < kChannels; ++c) sum[c] = static_cast<float>(problem.fill);
+    }
     const Tap<float>* tap_y = tables.tap + row_y->first;
     const Tap<float>* end_y = tap_y + row_y->count;
     const Tap<float>* tap_x = tables.tap + row_x->first;
@@ -449,6 +454,7 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
       float sum = 0.0f;
       if (tables.fit) {
         const Row row_y = tables.row_y[cell_y], row_x = tables.row_x[cell_x];
+        if (row_y.count == 0 || row_x.count == 0) sum = static_cast<float>(problem.fill);
         GLIMPSE_NO_UNROLL
         for (int32_t y = row_y.first; y < row_y.first + row_y.count; ++y) {
           const T* row = plane + tap[y].pixel * stride_y;
@@ -460,9 +466,10 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
           sum += tap[y].weight * row_sum;
         }
       } else {
-        sum = cell_value(
-            problem.op, tables.axis[kY], tables.axis[kX], cell_y, cell_x,
-            [&](int32_t y, int32_t x) { return load_value(plane[y * stride_y + x * stride_x]); });
+        sum = cell_value(problem.op, static_cast<float>(problem.fill), tables.axis[kY],
+                         tables.axis[kX], cell_y, cell_x, [&](int32_t y, int32_t x) {
+                           return load_value(plane[y * stride_y + x * stride_x]);
+                         });
       }
       pooled[i] = Store<T>::from(sum);
     }
@@ -541,6 +548,7 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
           const Tap<float>* end_y = tap_y + row_y.count;
           const Tap<float>* tap_x = tap + row_x.first;
           float sum = 0.0f;
+          if (row_y.count == 0 || row_x.count == 0) sum = static_cast<float>(problem.fill);
           GLIMPSE_NO_UNROLL
           for (int32_t left = row_x.count; left > 0; left -= 4, tap_x += 4) {
             switch (left) {

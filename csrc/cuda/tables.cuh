@@ -283,14 +283,16 @@ __device__ __forceinline__ Taps<T> sample_taps(const Operator& op, const BoxAxis
   return taps;
 }
 
-/// One output without tables: the weighted sum of load(y, x) over the samples of the cell.
+/// One output without tables: the weighted sum of load(y, x) over the samples of the cell, or
+/// `fill` where it keeps none.
 template <class T, class Load>
-__device__ __forceinline__ T cell_value(const Operator& op, const BoxAxis<T>& y,
+__device__ __forceinline__ T cell_value(const Operator& op, T fill, const BoxAxis<T>& y,
                                         const BoxAxis<T>& x, int32_t cell_y, int32_t cell_x,
                                         const Load& load) {
   const SampleRange samples_y = sample_range(op, y.axis, cell_y, 0, y.size - 1, y.size);
   const SampleRange samples_x = sample_range(op, x.axis, cell_x, 0, x.size - 1, x.size);
   T sum = T(0);
+  bool empty = true;
   GLIMPSE_NO_UNROLL
   for (int32_t sample_y = samples_y.first; sample_y < samples_y.end; ++sample_y) {
     const Taps<T> taps_y = sample_taps(op, y, cell_y, sample_y);
@@ -300,6 +302,7 @@ __device__ __forceinline__ T cell_value(const Operator& op, const BoxAxis<T>& y,
     for (int32_t sample_x = samples_x.first; sample_x < samples_x.end; ++sample_x) {
       const Taps<T> taps_x = sample_taps(op, x, cell_x, sample_x);
       if (taps_x.count == 0) continue;
+      empty = false;
       low += taps_x.weight[0] * load(taps_y.pixel[0], taps_x.pixel[0]);
       if (taps_x.count == 2) low += taps_x.weight[1] * load(taps_y.pixel[0], taps_x.pixel[1]);
       if (taps_y.count == 1) continue;
@@ -309,7 +312,7 @@ __device__ __forceinline__ T cell_value(const Operator& op, const BoxAxis<T>& y,
     sum += taps_y.weight[0] * low;
     if (taps_y.count == 2) sum += taps_y.weight[1] * high;
   }
-  return sum * (sample_factor(y.axis) * sample_factor(x.axis));
+  return empty ? fill : sum * (sample_factor(y.axis) * sample_factor(x.axis));
 }
 
 }  // namespace glimpse::cuda

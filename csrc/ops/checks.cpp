@@ -107,15 +107,18 @@ void check_features(const char* name, const std::vector<Tensor>& features, int64
 }
 
 void check_boxes(const char* name, const Tensor& boxes, const std::optional<Tensor>& image_index,
-                 const Tensor& like) {
+                 const BoxRows& rows, const Tensor& like) {
   if (image_index.has_value()) {
-    check(boxes.dim() == 2 && boxes.size(1) == 4, name,
-          "boxes must be [K, 4] (x1, y1, x2, y2) beside an image index, got ",
+    check(boxes.dim() == 2 && boxes.size(1) == rows.columns, name, "boxes must be [K, ",
+          rows.columns, "] (", rows.meaning, ") beside an image index, got ",
           describe_shape(boxes));
     check_index(name, "the image index", *image_index, boxes.size(0), like);
   } else {
-    check(boxes.dim() == 2 && boxes.size(1) == 5, name,
-          "boxes must be [K, 5] (image, x1, y1, x2, y2), got ", describe_shape(boxes));
+    const bool fits = boxes.dim() == 2 && (boxes.size(1) == rows.columns + 1 ||
+                                           (rows.even && boxes.size(1) == rows.columns));
+    check(fits, name, "boxes must be [K, ", rows.columns + 1, "] (image, ", rows.meaning, ")",
+          rows.even ? " or the same without image, as many for each" : "", ", got ",
+          describe_shape(boxes));
   }
   check(is_float(boxes.scalar_type()), name,
         "boxes must be float64, float32, float16 or bfloat16, got ",
@@ -143,6 +146,7 @@ namespace {
 
 template <class T>
 void check_image_index_as(const char* name, const Problem& problem) {
+  if (problem.image_index == nullptr && problem.image_column == 0) return;
   for (int64_t k = 0; k < problem.boxes; ++k) {
     double index;
     bool valid;

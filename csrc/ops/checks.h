@@ -42,9 +42,17 @@ std::string describe_device(const Tensor& tensor);
 /// at least one pixel where there are boxes to read it.
 void check_features(const char* name, const std::vector<Tensor>& features, int64_t boxes);
 
-/// Boxes: [K, 5] (image, x1, y1, x2, y2), or [K, 4] with an image index apart.
+/// What the rows of a box tensor may be.
+struct BoxRows {
+  int32_t columns;      // without an image column
+  const char* meaning;  // of the columns, for errors
+  bool even;            // whether image indices may be left out: as many boxes for each image
+};
+
+/// Boxes: [K, columns + 1] with the image index in column 0, or [K, columns] with an index apart or
+/// as many boxes for each image.
 void check_boxes(const char* name, const Tensor& boxes, const std::optional<Tensor>& image_index,
-                 const Tensor& like);
+                 const BoxRows& rows, const Tensor& like);
 
 /// A [K] integer tensor on the same device.
 void check_index(const char* name, const char* what, const Tensor& index, int64_t boxes,

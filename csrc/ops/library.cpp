@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops/checks.h"
+#include "ops/crop.h"
+#include "ops/glimpse.h"
 #include "ops/roi_align.h"
 #include "ops/sample.h"
 
@@ -13,18 +15,16 @@ namespace glimpse::ops {
 namespace {
 
 // An operator as the generic entries carry it: kind, then its numbers.
-struct Named {
-  const char* name;
-  Operator op;
-};
-
-Named decode_operator(int64_t kind, const std::vector<double>& params) {
-  Operator op;
-  op.kind = static_cast<int32_t>(kind);
+NamedOperator decode_operator(int64_t kind, const std::vector<double>& params) {
   switch (kind) {
     case Operator::kRoiAlign:
-      op.roi_align = decode_roi_align(params);
-      return {"roi_align", op};
+      return decode_roi_align(params);
+    case Operator::kCrop:
+      return decode_crop(params);
+    case Operator::kGlimpse:
+      return decode_glimpse(params);
+    case Operator::kGivenAxes:
+      return {"paste_masks", Operator(GivenAxes{}), "origin y, origin x, step y, step x", true};
     default:
       fail("_sample", "does not know operator kind ", kind);
   }
@@ -34,11 +34,11 @@ Sampling decode(const Tensor& boxes, const std::optional<Tensor>& image_index,
                 const std::optional<Tensor>& levels, const std::optional<Tensor>& tangent,
                 int64_t tangent_axes, const std::vector<int64_t>& output_size, int64_t kind,
                 const std::vector<double>& params, const std::vector<double>& scales,
-                const std::vector<double>& level_rule) {
-  const Named named = decode_operator(kind, params);
+                const std::vector<double>& level_rule, double fill) {
+  const NamedOperator named = decode_operator(kind, params);
   check(output_size.size() == 2, named.name, "expects an output height and width, got ",
         output_size.size(), " numbers");
-  Sampling sampling(named.name, named.op, boxes);
+  Sampling sampling(named, boxes);
   sampling.image_index = image_index;
   sampling.levels = levels;
   sampling.tangent = tangent;
@@ -46,6 +46,7 @@ Sampling decode(const Tensor& boxes, const std::optional<Tensor>& image_index,
   sampling.out_height = output_size[0];
   sampling.out_width = output_size[1];
   sampling.scales = scales;
+  sampling.fill = fill;
   check(level_rule.empty() || level_rule.size() == 3, named.name,
         "expects a level rule of 3 numbers (kind, canonical size, canonical level), got ",
         level_rule.size());
@@ -64,9 +65,9 @@ Tensor sample_entry(std::vector<Tensor> features, Tensor boxes, std::optional<Te
                     std::optional<Tensor> levels, std::optional<Tensor> tangent,
                     int64_t tangent_axes, std::vector<int64_t> output_size, int64_t kind,
                     std::vector<double> params, std::vector<double> scales,
-                    std::vector<double> level_rule) {
+                    std::vector<double> level_rule, double fill) {
   return sample(decode(boxes, image_index, levels, tangent, tangent_axes, output_size, kind, params,
-                       scales, level_rule),
+                       scales, level_rule, fill),
                 features);
 }
 
@@ -74,9 +75,9 @@ std::vector<Tensor> sample_grad_features_entry(
     Tensor grad, Tensor boxes, std::optional<Tensor> image_index, std::optional<Tensor> levels,
     std::optional<Tensor> tangent, int64_t tangent_axes, std::vector<int64_t> output_size,
     int64_t kind, std::vector<double> params, std::vector<double> scales,
-    std::vector<double> level_rule, std::vector<int64_t> sizes, bool channels_last) {
+    std::vector<double> level_rule, double fill, std::vector<int64_t> sizes, bool channels_last) {
   return sample_grad_features(decode(boxes, image_index, levels, tangent, tangent_axes, output_size,
-                                     kind, params, scales, level_rule),
+                                     kind, params, scales, level_rule, fill),
                               grad, sizes, channels_last);
 }
 
@@ -85,15 +86,19 @@ Tensor sample_grad_boxes_entry(std::vector<Tensor> features, Tensor grad, Tensor
                                std::optional<Tensor> tangent, int64_t tangent_axes,
                                std::vector<int64_t> output_size, int64_t kind,
                                std::vector<double> params, std::vector<double> scales,
-                               std::vector<double> level_rule) {
+                               std::vector<double> level_rule, double fill) {
   return sample_grad_boxes(decode(boxes, image_index, levels, tangent, tangent_axes, output_size,
-                                  kind, params, scales, level_rule),
+                                  kind, params, scales, level_rule, fill),
                            features, grad);
 }
 
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("roi_align", TORCH_BOX(&roi_align));
   m.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align));
+  m.impl("crop", TORCH_BOX(&crop));
+  m.impl("crop_and_resize", TORCH_BOX(&crop_and_resize));
+  m.impl("point_sample", TORCH_BOX(&point_sample));
+  m.impl("subpixel_glimpse", TORCH_BOX(&subpixel_glimpse));
   m.impl("_sample", TORCH_BOX(&sample_entry));
   m.impl("_sample_grad_features", TORCH_BOX(&sample_grad_features_entry));
   m.impl("_sample_grad_boxes", TORCH_BOX(&sample_grad_boxes_entry));
@@ -111,7 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CUDA, m) { register_kernels(m); }
 // tangent_axes says which axes (1: y, 2: x) use the derivative of their weights along `tangent`.
 #define GLIMPSE_SAMPLING_SCHEMA                                                            \
   "Tensor boxes, Tensor? image_index, Tensor? levels, Tensor? tangent, int tangent_axes, " \
-  "SymInt[] output_size, int op, float[] params, float[] scales, float[] level_rule"
+  "SymInt[] output_size, int op, float[] params, float[] scales, float[] level_rule, float fill"
 
 STABLE_TORCH_LIBRARY(glimpse_ext, m) {
   m.def(
@@ -121,6 +126,16 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
       "multiscale_roi_align(Tensor[] features, Tensor boxes, Tensor? levels, "
       "SymInt pooled_height, SymInt pooled_width, float[] scales, int sampling_ratio, "
       "bool aligned, float canonical_size, int canonical_level, int assign) -> Tensor");
+  m.def(
+      "crop(Tensor input, Tensor boxes, Tensor? image_index, SymInt height, SymInt width, "
+      "int unit, bool align_corners, int padding) -> Tensor");
+  m.def(
+      "crop_and_resize(Tensor image, Tensor boxes, Tensor box_indices, SymInt height, "
+      "SymInt width, bool align_corners, bool nearest, float extrapolation_value) -> Tensor");
+  m.def("point_sample(Tensor input, Tensor points, bool align_corners) -> Tensor");
+  m.def(
+      "subpixel_glimpse(Tensor input, Tensor offsets, SymInt height, SymInt width, int version, "
+      "bool centered, bool normalized, int scale) -> Tensor");
   m.def("_sample(Tensor[] features, " GLIMPSE_SAMPLING_SCHEMA ") -> Tensor");
   m.def("_sample_grad_features(Tensor grad, " GLIMPSE_SAMPLING_SCHEMA
         ", SymInt[] sizes, bool channels_last) -> Tensor[]");

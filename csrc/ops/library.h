@@ -24,4 +24,15 @@ Tensor multiscale_roi_align(std::vector<Tensor> features, Tensor boxes,
                             int64_t sampling_ratio, bool aligned, double canonical_size,
                             int64_t canonical_level, int64_t assign);
 
+// crop.cpp
+Tensor crop(Tensor input, Tensor boxes, std::optional<Tensor> image_index, int64_t height,
+            int64_t width, int64_t unit, bool align_corners, int64_t padding);
+Tensor crop_and_resize(Tensor image, Tensor boxes, Tensor box_indices, int64_t height,
+                       int64_t width, bool align_corners, bool nearest, double extrapolation_value);
+Tensor point_sample(Tensor input, Tensor points, bool align_corners);
+
+// glimpse.cpp
+Tensor subpixel_glimpse(Tensor input, Tensor offsets, int64_t height, int64_t width,
+                        int64_t version, bool centered, bool normalized, int64_t scale);
+
 }  // namespace glimpse::ops

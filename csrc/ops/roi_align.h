@@ -5,11 +5,11 @@
 
 #include <vector>
 
-#include "geometry/operators.h"
+#include "ops/sample.h"
 
 namespace glimpse::ops {
 
-/// RoiAlign from the numbers that the generic operators carry: sampling_ratio, aligned.
-RoiAlign decode_roi_align(const std::vector<double>& params);
+/// RoIAlign from the numbers that the generic operators carry: sampling_ratio, aligned.
+NamedOperator decode_roi_align(const std::vector<double>& params);
 
 }  // namespace glimpse::ops

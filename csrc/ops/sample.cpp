@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 
 #include "ops/checks.h"
@@ -68,9 +69,16 @@ class Call {
     problem.layout = layout;
     problem.box = boxes_.const_data_ptr();
     problem.box_columns = static_cast<int32_t>(boxes_.size(1));
+    problem.image_column = problem.box_columns - problem.op.box_columns();
+    problem.fill = sampling.fill;
     if (sampling.image_index.has_value()) {
       image_index_ = converted(*sampling.image_index, ScalarType::Long);
       problem.image_index = image_index_->const_data_ptr<int64_t>();
+    } else if (problem.image_column == 0) {
+      check(batch == 0 ? problem.boxes == 0 : problem.boxes % batch == 0, name_,
+            "expects an image index, or as many boxes for each image, got ", problem.boxes,
+            " boxes and ", batch, " images");
+      problem.boxes_per_image = batch == 0 ? 1 : std::max<int64_t>(problem.boxes / batch, 1);
     }
     if (sampling.levels.has_value()) {
       levels_ = converted(*sampling.levels, ScalarType::Long);
@@ -110,7 +118,7 @@ class Call {
 /// Checks what all three applications share; `like` carries the device.
 void check_sampling(const Sampling& sampling, const Tensor& like) {
   const char* name = sampling.name;
-  check_boxes(name, sampling.boxes, sampling.image_index, like);
+  check_boxes(name, sampling.boxes, sampling.image_index, sampling.rows, like);
   if (sampling.levels.has_value()) {
     check_index(name, "levels", *sampling.levels, sampling.boxes.size(0), like);
   }

@@ -12,25 +12,39 @@
 
 #include "geometry/operators.h"
 #include "geometry/pyramid.h"
+#include "ops/checks.h"
 
 namespace glimpse::ops {
 
 using torch::stable::Tensor;
 
+/// An operator with what errors say of it.
+struct NamedOperator {
+  const char* name;
+  Operator op;
+  const char* columns;  // of a box
+  bool even;            // image indices may be left out where each image has as many boxes
+};
+
 /// What is read and where: everything of a call but the tensor that it reads or writes.
 struct Sampling {
-  Sampling(const char* name, const Operator& op, Tensor boxes)
-      : name(name), op(op), boxes(std::move(boxes)) {}
+  Sampling(const NamedOperator& named, Tensor boxes)
+      : name(named.name),
+        op(named.op),
+        rows({named.op.box_columns(), named.columns, named.even}),
+        boxes(std::move(boxes)) {}
 
-  const char* name;  // of the operator, for errors
+  const char* name;
   Operator op;
+  BoxRows rows;
   Tensor boxes;
   std::optional<Tensor> image_index;
   std::optional<Tensor> levels;
   std::optional<Tensor> tangent;
   int64_t tangent_axes = 0;
   int64_t out_height = 0, out_width = 0;
-  std::vector<double> scales;  // one per feature map
+  double fill = 0;
+  std::vector<double> scales = {1.0};  // one per feature map
   LevelRule level_rule = {};
 };
 

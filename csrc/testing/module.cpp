@@ -55,10 +55,7 @@ py::array_t<T> to_numpy(const std::vector<T>& values) {
 
 Operator make_operator(const std::string& kind, int32_t sampling_ratio, bool aligned) {
   if (kind != "roi_align") throw std::invalid_argument("unknown operator kind " + kind);
-  Operator op;
-  op.kind = Operator::kRoiAlign;
-  op.roi_align = {sampling_ratio, aligned ? 1 : 0};
-  return op;
+  return Operator(RoiAlign{sampling_ratio, aligned ? 1 : 0});
 }
 
 template <class T>
