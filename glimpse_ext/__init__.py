@@ -2,8 +2,8 @@
 """Every box-shaped read of an image as fast, deterministic, differentiable PyTorch operators."""
 
 from . import _library, reference
-from ._arguments import set_check_indices
 from . import extract_glimpse as _extract_glimpse  # noqa: F401
+from ._arguments import set_check_indices
 from .crop import crop, crop_and_resize, point_sample
 from .roi_align import multiscale_roi_align, roi_align
 

@@ -58,7 +58,7 @@ def _check_fake(name: str, features: Sequence[Tensor], where: Where) -> None:
                 f"{name}: boxes must be on the device of the features, {feature.device}, "
                 f"got {boxes.device}"
             )
-    columns = where.sampler.columns.count
+    columns = where.sampler.columns.width
     widths = [columns] if where.image_index is not None else [columns + 1]
     if where.image_index is None and where.sampler.even:
         widths.append(columns)
@@ -116,7 +116,7 @@ def _batch_where(where: Where, dims: Dims, size: int, images: int, own_images: b
     boxes = _to_front(where.boxes, dims, size)
     tangent = None if where.tangent is None else _to_front(where.tangent, dims, size)
     levels = _optional_flat(where.levels, dims, size)
-    skip = boxes.shape[-1] - where.sampler.columns.count
+    skip = boxes.shape[-1] - where.sampler.columns.width
     if where.image_index is None and skip == 0:
         # As many boxes for each image.
         count = boxes.shape[1]

@@ -18,7 +18,7 @@ AXES = (Y, X)
 class BoxColumns(NamedTuple):
     """Columns of a box, not counting an image column."""
 
-    count: int
+    width: int
     y: tuple[int, int]
     """Of the low and high edge along y; one column twice where a single number makes the axis."""
     x: tuple[int, int]
@@ -108,7 +108,7 @@ class Where(NamedTuple):
     @property
     def image_column(self) -> int:
         """1 where column 0 of the boxes is the image index, else 0."""
-        return self.boxes.shape[-1] - self.sampler.columns.count
+        return self.boxes.shape[-1] - self.sampler.columns.width
 
     def linear(self) -> Where:
         """The part that is linear in the feature maps: nothing is filled in."""
