@@ -9,9 +9,9 @@ what all derivatives are made of (csrc/frame_problem.h):
 * ``grad_features``  B(g): its transpose
 * ``grad_boxes``     D(x, g) = ⟨g, ∂S(x)⟩, the gradient to the boxes
 
-each also along a motion v of the boxes (``tangent``), where a weight becomes its derivative along v:
-S_v, B_v, and D_v, which needs the mixed second derivative of a bilinear function and the curvature
-of a turning position. That closes the algebra for two orders:
+each also along a motion v of the boxes (``tangent``), where a weight becomes its derivative along
+v: S_v, B_v, and D_v, which needs the mixed second derivative of a bilinear function and the
+curvature of a turning position. That closes the algebra for two orders:
 
 =======  =========================================================
 S(x)     x: B(g)      boxes: D(x, g)    along v: S_v(x)
@@ -92,6 +92,11 @@ class FrameMap:
         return list(self.size), self.channels_last
 
 
+def _restored(tensors: Sequence[Any], sampler: FrameSampler) -> FrameWhere:
+    boxes, image_index, tangent, chosen = tensors
+    return FrameWhere(boxes, image_index, tangent, chosen, sampler)
+
+
 def _place(args: Sequence[Any]) -> FrameWhere:
     boxes, image_index, tangent, chosen, output_size, params, scale = args
     sampler = FrameSampler(tuple(output_size), tuple(params), scale)
@@ -167,7 +172,7 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         input, *tensors = ctx.saved_tensors
-        where = FrameWhere(*tensors, ctx.sampler)
+        where = _restored(tensors, ctx.sampler)
         need = ctx.needs_input_grad
         to_input = grad_features(grad, where, FrameMap.of(input)) if need[0] else None
         to_boxes = grad_boxes(input, grad, where) if need[1] else None
@@ -178,7 +183,7 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *motions: Any) -> Any:
         input, *tensors = ctx.saved_tensors
-        where = FrameWhere(*tensors, ctx.sampler)
+        where = _restored(tensors, ctx.sampler)
         if where.tangent is not None and motions[1] is not None:
             raise _third_order(where)
         moved = motions[3] if where.tangent is not None else motions[1]
@@ -209,7 +214,7 @@ class _GradFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         grad, *tensors = ctx.saved_tensors
-        where = FrameWhere(*tensors, ctx.sampler)
+        where = _restored(tensors, ctx.sampler)
         need = ctx.needs_input_grad
         to_grad = sample(cotangent, where) if need[0] else None
         to_boxes = grad_boxes(cotangent, grad, where) if need[1] else None
@@ -220,15 +225,13 @@ class _GradFeatures(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *motions: Any) -> Any:
         grad, *tensors = ctx.saved_tensors
-        where = FrameWhere(*tensors, ctx.sampler)
+        where = _restored(tensors, ctx.sampler)
         if where.tangent is not None and motions[1] is not None:
             raise _third_order(where)
         moved = motions[3] if where.tangent is not None else motions[1]
         return _sum(
             None if motions[0] is None else grad_features(motions[0], where, ctx.like),
-            None
-            if moved is None
-            else grad_features(grad, where._replace(tangent=moved), ctx.like),
+            None if moved is None else grad_features(grad, where._replace(tangent=moved), ctx.like),
         )
 
 
@@ -237,9 +240,7 @@ class _GradBoxes(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, grad: Tensor, *place: Any) -> Tensor:
-        out: Tensor = _ops._frames_grad_boxes.default(
-            input, grad, *FrameWhere(*place).arguments()
-        )
+        out: Tensor = _ops._frames_grad_boxes.default(input, grad, *FrameWhere(*place).arguments())
         return out
 
     @staticmethod
@@ -252,7 +253,7 @@ class _GradBoxes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         input, grad, *tensors = ctx.saved_tensors
-        where = FrameWhere(*tensors, ctx.sampler)
+        where = _restored(tensors, ctx.sampler)
         need = ctx.needs_input_grad
         moved = where._replace(tangent=cotangent)
         if where.tangent is not None and any(need[:3]):
@@ -267,7 +268,7 @@ class _GradBoxes(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *motions: Any) -> Any:
         input, grad, *tensors = ctx.saved_tensors
-        where = FrameWhere(*tensors, ctx.sampler)
+        where = _restored(tensors, ctx.sampler)
         if where.tangent is not None and motions[2] is not None:
             raise _third_order(where)
         moved = motions[4] if where.tangent is not None else motions[2]
@@ -279,7 +280,7 @@ class _GradBoxes(torch.autograd.Function):
 
 
 class _Maximum(torch.autograd.Function):
-    """The largest sample of each cell, and which it is. Its derivatives are those of that sample."""
+    """The largest sample of each cell, and which it is: its derivatives are that sample's."""
 
     generate_vmap_rule = True
 
@@ -542,7 +543,8 @@ def _apply_maximum(
     params: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    sampler = FrameSampler(tuple(output_size), tuple(params), scale)
+    height, width = output_size
+    sampler = FrameSampler((height, width), tuple(params), scale)
     return cast(
         tuple[Tensor, Tensor],
         _Maximum.apply(input, boxes, image_index, sampler),  # type: ignore[no-untyped-call]

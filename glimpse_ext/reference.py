@@ -156,7 +156,7 @@ def _boxes_matrix(
 
 
 class _LocalAxis(NamedTuple):
-    """A row of ``cells`` with ``samples`` each: ``origin + cell*step + (sample + 1/2)*step/samples``."""
+    """A row of cells: ``origin + cell * step + (sample + 1/2) * step / samples``."""
 
     origin: Tensor
     step: Tensor
@@ -492,7 +492,7 @@ def roi_align_rotated(
         whole = torch.round(angle.detach() / quarter)
         rest = (angle - whole * quarter) * (math.pi / 2 / quarter)
         cosine, sine = torch.cos(rest), torch.sin(rest)
-        if not abs(float(angle)) <= 2**20 * quarter:
+        if not abs(float(angle.detach())) <= 2**20 * quarter:
             cosine = sine = torch.full_like(angle, math.nan)
         elif whole % 4 == 1:
             cosine, sine = -sine, cosine

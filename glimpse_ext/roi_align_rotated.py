@@ -90,7 +90,9 @@ def roi_align_rotated(
     boxes = join_boxes(name, boxes, _COLUMNS)
     height, width = size_pair(name, output_size)
     if angle_unit not in _UNITS:
-        raise ValueError(f"{name}: angle_unit must be one of {', '.join(_UNITS)}, got {angle_unit!r}")
+        raise ValueError(
+            f"{name}: angle_unit must be one of {', '.join(_UNITS)}, got {angle_unit!r}"
+        )
     if input.dim() == 4:
         check_indices(name, boxes, input.shape[0])
     return call_rotated(

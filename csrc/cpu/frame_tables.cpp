@@ -247,6 +247,38 @@ void build_sample_table(const FrameProblem& problem, int64_t k, PixelStrides str
   table.complete = true;
 }
 
+template <class A>
+void list_candidates(const FrameProblem& problem, SampleTable<A>& table) {
+  std::vector<Candidate>& list = table.candidate;
+  list.clear();
+  table.candidates.clear();
+  for (int32_t i = 0; i < problem.out_height; ++i) {
+    for (int32_t j = 0; j < problem.out_width; ++j) {
+      table.candidates.push_back(static_cast<int32_t>(list.size()));
+      const CellWindow window = cell_window(table.frame, i, j);
+      const DroppedAround dropped = DroppedAround::of(table.frame.frame, window);
+      const auto drop = [&list](bool really) {
+        if (really) list.push_back({-1, -1});
+      };
+      drop(dropped.before);
+      int32_t index = 0;
+      for (int32_t y = table.y[i]; y < table.y[i + 1] && window.size() > 0; ++y) {
+        drop(dropped.left);
+        for (int32_t x = table.x[j]; x < table.x[j + 1]; ++x, ++index) {
+          const auto tap = static_cast<int32_t>(y * table.lines_x() + x);
+          const bool kept = table.tap[static_cast<size_t>(tap)].highs >= 0;
+          list.push_back(kept ? Candidate{tap, index} : Candidate{-1, -1});
+        }
+        drop(dropped.right);
+      }
+      drop(dropped.after);
+    }
+  }
+  table.candidates.push_back(static_cast<int32_t>(list.size()));
+}
+
+template void list_candidates(const FrameProblem&, SampleTable<float>&);
+template void list_candidates(const FrameProblem&, SampleTable<double>&);
 template void build_cell_table(const FrameProblem&, int64_t, PixelStrides, bool, CellTable<float>&);
 template void build_cell_table(const FrameProblem&, int64_t, PixelStrides, bool,
                                CellTable<double>&);

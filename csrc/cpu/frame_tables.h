@@ -52,6 +52,12 @@ struct SampleTap {
   A weight[4];
 };
 
+/// A sample that takes part in the maximum of a cell.
+struct Candidate {
+  int32_t tap;    // -1: dropped, which counts as a 0
+  int32_t index;  // in the cell's window; -1: dropped
+};
+
 template <class A>
 struct SampleTable {
   int64_t box = 0;
@@ -60,9 +66,11 @@ struct SampleTable {
   std::vector<int32_t> y, x;      // first line of each cell of y and of x, and the end
   std::vector<SampleTap<A>> tap;  // [line of y][line of x]
   std::vector<FramePoint<A>> point;
+  std::vector<Candidate> candidate;  // of all cells in order, each in the order of its samples
+  std::vector<int32_t> candidates;   // where those of a cell start, and the end
 
   int64_t lines_x() const { return x.back(); }
-  /// The tap of the chosen sample of a cell, or null.
+  /// The number of the tap of the chosen sample of a cell, or -1.
   int64_t find(int32_t cell_y, int32_t cell_x, int32_t chosen) const {
     const int64_t columns = x[cell_x + 1] - x[cell_x], rows = y[cell_y + 1] - y[cell_y];
     if (chosen < 0 || chosen >= rows * columns) return -1;
@@ -74,5 +82,9 @@ struct SampleTable {
 template <class A>
 void build_sample_table(const FrameProblem& problem, int64_t k, PixelStrides strides,
                         SampleTable<A>& table);
+
+/// Lists the candidates of all cells of a complete table.
+template <class A>
+void list_candidates(const FrameProblem& problem, SampleTable<A>& table);
 
 }  // namespace glimpse

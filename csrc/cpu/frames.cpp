@@ -162,6 +162,7 @@ void maximum_typed(const FrameProblem& problem) {
     for (int64_t k = next(); k < problem.boxes; k = next()) {
       build_sample_table(problem, k, strides_of(map), table);
       if (table.complete) {
+        list_candidates(problem, table);
         kernel.maximum(problem, table, scratch.as<A>());
         continue;
       }

@@ -249,27 +249,32 @@ GLIMPSE_INLINE void take_larger(const A* candidate, int32_t index, bool first, i
   }
 }
 
-/// The candidates of a cell in order, from the table: visit(tap or null, index).
-template <class A, class Visit>
-GLIMPSE_INLINE void walk_candidates(const SampleTable<A>& table, int32_t cell_y, int32_t cell_x,
-                                    const Visit& visit) {
-  const CellWindow window = cell_window(table.frame, cell_y, cell_x);
-  const DroppedAround dropped = DroppedAround::of(table.frame.frame, window);
-  if (dropped.before) visit(nullptr, -1);
-  if (window.size() > 0) {
-    int32_t index = 0;
-    for (int32_t y = table.y[cell_y]; y < table.y[cell_y + 1]; ++y) {
-      if (dropped.left) visit(nullptr, -1);
-      const SampleTap<A>* tap = table.tap.data() + y * table.lines_x() + table.x[cell_x];
-      for (int32_t x = table.x[cell_x]; x < table.x[cell_x + 1]; ++x, ++tap, ++index) {
-        visit(tap->highs >= 0 ? tap : nullptr, tap->highs >= 0 ? index : -1);
+template <class T>
+GLIMPSE_INLINE void maximum_lanes(const FrameProblem& problem, const SampleTable<acc_t<T>>& table,
+                                  int64_t cell, const T* image, acc_t<T>* candidate, acc_t<T>* best,
+                                  int32_t* which) {
+  using A = acc_t<T>;
+  const Level& map = problem.map;
+  const int64_t channels = problem.channels;
+  const int64_t offsets[4] = {0, map.stride_w, map.stride_h, map.stride_h + map.stride_w};
+  const int32_t first = table.candidates[cell];
+  for (int32_t i = first; i < table.candidates[cell + 1]; ++i) {
+    for (int64_t c = 0; c < channels; ++c) candidate[c] = A(0);
+    if (table.candidate[i].tap >= 0) {
+      const SampleTap<A>& tap = table.tap[table.candidate[i].tap];
+      for (int32_t t = 0; t < 4; ++t) {
+        if ((t & 1) != 0 && (tap.highs & 2) == 0) continue;
+        if ((t & 2) != 0 && (tap.highs & 1) == 0) continue;
+        const T* pixel = image + tap.offset + offsets[t];
+        const A weight = tap.weight[t];
+        for (int64_t c = 0; c < channels; ++c) candidate[c] += weight * load_value(pixel[c]);
       }
-      if (dropped.right) visit(nullptr, -1);
     }
+    take_larger(candidate, table.candidate[i].index, i == first, channels, best, which);
   }
-  if (dropped.after) visit(nullptr, -1);
 }
 
+/// Every cell has a candidate: a cell without samples on the map has a dropped one.
 template <class T>
 void maximum(const FrameProblem& problem, const SampleTable<acc_t<T>>& table, acc_t<T>* scratch) {
   using A = acc_t<T>;
@@ -279,45 +284,27 @@ void maximum(const FrameProblem& problem, const SampleTable<acc_t<T>>& table, ac
   const T* image = static_cast<const T*>(map.data) + table.frame.image * map.stride_n;
   pooled_t<T>* pooled = of_box<pooled_t<T>>(problem, table.box);
   int32_t* winner = problem.winner + table.box * channels * cells;
-  A* candidate = scratch;
-  A* best = scratch + channels;
-  for (int32_t i = 0; i < problem.out_height; ++i) {
-    for (int32_t j = 0; j < problem.out_width; ++j) {
-      const int64_t cell = int64_t{i} * problem.out_width + j;
-      if (problem.layout == Layout::kNhwc) {
-        int32_t* which = winner + cell * channels;
-        bool first = true;
-        walk_candidates(table, i, j, [&](const SampleTap<A>* tap, int32_t index) {
-          for (int64_t c = 0; c < channels; ++c) candidate[c] = A(0);
-          if (tap != nullptr) {
-            const int64_t offsets[4] = {0, map.stride_w, map.stride_h, map.stride_h + map.stride_w};
-            for (int32_t t = 0; t < 4; ++t) {
-              if ((t & 1) != 0 && (tap->highs & 2) == 0) continue;
-              if ((t & 2) != 0 && (tap->highs & 1) == 0) continue;
-              const T* pixel = image + tap->offset + offsets[t];
-              const A weight = tap->weight[t];
-              for (int64_t c = 0; c < channels; ++c) {
-                candidate[c] += weight * load_value(pixel[c]);
-              }
-            }
-          }
-          take_larger(candidate, index, first, channels, best, which);
-          first = false;
-        });
-        for (int64_t c = 0; c < channels; ++c) {
-          pooled[cell * channels + c] = Store<pooled_t<T>>::from(best[c]);
-        }
-        continue;
-      }
+  if (problem.layout == Layout::kNhwc) {
+    A* best = scratch + channels;
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      maximum_lanes<T>(problem, table, cell, image, scratch, best, winner + cell * channels);
       for (int64_t c = 0; c < channels; ++c) {
-        const T* plane = image + c * map.stride_c;
-        Maximum<A> largest = Maximum<A>::none();
-        walk_candidates(table, i, j, [&](const SampleTap<A>* tap, int32_t index) {
-          largest.take(tap != nullptr ? tap_value<T>(*tap, map, plane) : A(0), index);
-        });
-        pooled[c * cells + cell] = Store<pooled_t<T>>::from(largest.value);
-        winner[c * cells + cell] = largest.sample;
+        pooled[cell * channels + c] = Store<pooled_t<T>>::from(best[c]);
       }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* plane = image + c * map.stride_c;
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      Maximum<A> largest = Maximum<A>::none();
+      for (int32_t i = table.candidates[cell]; i < table.candidates[cell + 1]; ++i) {
+        const Candidate candidate = table.candidate[i];
+        largest.take(candidate.tap >= 0 ? tap_value<T>(table.tap[candidate.tap], map, plane) : A(0),
+                     candidate.index);
+      }
+      pooled[c * cells + cell] = Store<pooled_t<T>>::from(largest.value);
+      winner[c * cells + cell] = largest.sample;
     }
   }
 }

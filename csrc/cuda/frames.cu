@@ -92,19 +92,25 @@ void sample_typed(const FrameProblem& problem) {
          problem);
 }
 
-template <class T>
-void grad_features_typed(const FrameProblem& problem) {
+template <class T, bool kChosen>
+void grad_features_tiles(const FrameProblem& problem) {
   const Level& map = problem.map;
   const int64_t tiles =
       int64_t{(map.width - 1) / kTileWidth + 1} * ((map.height - 1) / kTileHeight + 1);
-  const int64_t slices = (problem.channels - 1) / kTileChannels<acc_t<T>> + 1;
+  const int64_t slices = (problem.channels - 1) / kTileChannels<acc_t<T>, kChosen> + 1;
   if (tiles > kMostGridX || problem.batch > kMostGridY || slices > kMostGridY) {
     throw std::invalid_argument("glimpse_ext: the map has more tiles than a grid has blocks");
   }
-  launch(frames_grad_features_kernel<T>,
+  launch(frames_grad_features_kernel<T, kChosen>,
          dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(problem.batch),
               static_cast<unsigned>(slices)),
          kFrameThreads, 0, stream_of(problem), problem);
+}
+
+template <class T>
+void grad_features_typed(const FrameProblem& problem) {
+  problem.chosen != nullptr ? grad_features_tiles<T, true>(problem)
+                            : grad_features_tiles<T, false>(problem);
 }
 
 template <class T>

@@ -467,12 +467,12 @@ constexpr int32_t kTileWidth = 8, kTileHeight = 4;  // one lane for each pixel
 constexpr int32_t kTileWarps = kFrameThreads / 32;
 constexpr int32_t kTileList = 8;
 
-/// Numbers that each thread owns.
-template <class Number>
-constexpr int kTileOwned = sizeof(Number) == 8 ? 4 : 8;
+/// Numbers that each thread owns: few where finding a weight takes many registers.
+template <class Number, bool kChosen>
+constexpr int kTileOwned = kChosen || sizeof(Number) == 8 ? 4 : 8;
 /// Channels of a block.
-template <class Number>
-constexpr int kTileChannels = kTileWarps * kTileOwned<Number>;
+template <class Number, bool kChosen>
+constexpr int kTileChannels = kTileWarps * kTileOwned<Number, kChosen>;
 
 template <class T>
 struct alignas(8) CellWeight {
@@ -540,12 +540,12 @@ __device__ __forceinline__ int32_t list_cells(const FrameProblem& problem, const
 }
 
 /// Grid: (tiles, images, slices of channels). See Note [Gather on frames].
-template <class T>
-__global__ void __launch_bounds__(kFrameThreads)
+template <class T, bool kChosen>
+__global__ void __launch_bounds__(kFrameThreads, 1)
     frames_grad_features_kernel(GLIMPSE_GRID_CONSTANT FrameProblem problem) {
   using Number = acc_t<T>;
   using Entry = CellWeight<Number>;
-  constexpr int kOwned = kTileOwned<Number>;
+  constexpr int kOwned = kTileOwned<Number, kChosen>;
   GLIMPSE_SHARED(FrameBox<Number>, boxes, [kTileWarps]);
   GLIMPSE_SHARED(Entry, list, [kTileWarps][32][kTileList]);
   GLIMPSE_SHARED(int32_t, listed, [kTileWarps][32]);
@@ -564,7 +564,7 @@ __global__ void __launch_bounds__(kFrameThreads)
   const int32_t end_x = first_x + kTileWidth < map.width ? first_x + kTileWidth : map.width;
   const int32_t pixel_y = first_y + lane / kTileWidth, pixel_x = first_x + lane % kTileWidth;
   const int64_t image = blockIdx.y;
-  const int64_t first_channel = static_cast<int64_t>(blockIdx.z) * kTileChannels<Number>;
+  const int64_t first_channel = static_cast<int64_t>(blockIdx.z) * kTileChannels<Number, kChosen>;
   const bool nhwc = problem.layout == Layout::kNhwc;
   // What this thread owns: in kNchw one pixel in kOwned channels, in kNhwc one or two channels of
   // four pixels.
@@ -632,7 +632,7 @@ __global__ void __launch_bounds__(kFrameThreads)
             const Entry entry = list[w][pixel][e];
             const int64_t at = offset + entry.cell * strides.cell;
             Number weight = entry.weight;
-            if (problem.chosen != nullptr) {
+            if constexpr (kChosen) {
               const int32_t cell_y = entry.cell / problem.out_width;
               bool touches = false;
               weight = 0;
