@@ -224,29 +224,32 @@ struct DroppedAround {
   }
 };
 
-/// Calls take(index, taps) for every sample of a cell in order, with index -1 and any taps where
-/// it is dropped. Dropped samples in a row are visited once.
+/// Calls take(index, taps) for every sample of a cell in order, with index -1 and taps without
+/// pixels where it is dropped. Dropped samples in a row are visited once.
 template <class T, class Take>
 GLIMPSE_HD void for_each_candidate(const FrameProblem& problem, const FrameBox<T>& box,
                                    int32_t cell_y, int32_t cell_x, const Take& take) {
   const CellWindow window = cell_window(box, cell_y, cell_x);
   const DroppedAround dropped = DroppedAround::of(box.frame, window);
-  FrameTaps<T> taps;
-  taps.y = RoiBorder::taps(T(-2), 1);
-  taps.x = taps.y;
-  if (dropped.before) take(-1, taps);
+  const Taps<T> nothing = RoiBorder::taps(T(-2), 1);
+  const auto drop = [&] { take(-1, FrameTaps<T>{nothing, nothing}); };
+  if (dropped.before) drop();
   int32_t index = 0;
-  for (int32_t i = window.y.first; i < window.y.end; ++i) {
-    if (dropped.left && window.x.first < window.x.end) take(-1, taps);
+  for (int32_t i = window.y.first; i < window.y.end && window.size() > 0; ++i) {
+    if (dropped.left) drop();
     for (int32_t j = window.x.first; j < window.x.end; ++j, ++index) {
-      taps = FrameTaps<T>::at(box.frame, box.frame.axis[0].position(cell_y, i),
-                              box.frame.axis[1].position(cell_x, j), problem.map.height,
-                              problem.map.width);
-      take(taps.kept() ? index : -1, taps);
+      const FrameTaps<T> taps = FrameTaps<T>::at(box.frame, box.frame.axis[0].position(cell_y, i),
+                                                 box.frame.axis[1].position(cell_x, j),
+                                                 problem.map.height, problem.map.width);
+      if (taps.kept()) {
+        take(index, taps);
+      } else {
+        drop();
+      }
     }
-    if (dropped.right && window.x.first < window.x.end) take(-1, taps);
+    if (dropped.right) drop();
   }
-  if (dropped.after) take(-1, taps);
+  if (dropped.after) drop();
 }
 
 }  // namespace glimpse

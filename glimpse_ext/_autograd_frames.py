@@ -130,7 +130,7 @@ def grad_boxes(input: Tensor, grad: Tensor, where: FrameWhere) -> Tensor:
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    out: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    out: Tensor = function.apply(*args)
     return out
 
 

@@ -197,6 +197,27 @@ def test_the_first_of_equals_wins(device):
         assert torch.equal(gradient, first), f"{device}, {layout}"
 
 
+def test_more_samples_than_have_a_table(device, close):
+    """Too many samples to write down are evaluated one by one, with the same numbers."""
+    ratio = 20 if device is EMULATED else 90
+    case = Case("many", ((0, 0.7, 0.9, 5.3, 6.1), (1, 4.2, 1.3, 9.9, 4.4)), (2, 2, 7, 6), (3, 3))
+    mode = Mode(ratio, True)
+    values, to_image, to_boxes = expected(case, mode, F64)
+    image = case.image().to(device.torch).requires_grad_()
+    boxes = case.boxes().to(device.torch).requires_grad_()
+    pooled = pooler(case, mode)(image, boxes)
+    got = torch.autograd.grad(pooled, (image, boxes), case.grad().to(device.torch))
+    close(pooled, values)
+    close(got[0], to_image, "gradient", "to the image")
+    close(got[1], to_boxes, "gradient", "to the boxes")
+    # Forward mode reads the chosen samples.
+    moves = random_tensor((2, 5), F64, "moves").to(device.torch)
+    with forward_ad.dual_level():
+        dual = pooler(case, mode)(image.detach(), forward_ad.make_dual(boxes.detach(), moves))
+        tangent = forward_ad.unpack_dual(dual).tangent
+    close((tangent * case.grad().to(device.torch)).sum(), (got[1] * moves).sum(), "gradient")
+
+
 def test_nan_wins(device):
     """As in torch.max; a box that does not read the NaN does not see it."""
     image = random_tensor((1, 3, 8, 8), F64, "nan").to(device.torch)
@@ -398,10 +419,10 @@ def test_errors_say_what_came():
         glimpse_ext.roi_align(IMAGE, BOX, 2, mode="sum")
     with pytest.raises(RuntimeError, match=r"roi_align_max: boxes must be \[K, 5\].*got \[1, 4\]"):
         glimpse_ext.roi_align(IMAGE, BOX[:, :4], 2, mode="max")
-    with pytest.raises(RuntimeError, match="roi_align_max: sampling_ratio .* 32768, got 40000"):
+    with pytest.raises(RuntimeError, match=r"roi_align_max: sampling_ratio .* 32768, got 40000"):
         glimpse_ext.roi_align(IMAGE, BOX, 2, sampling_ratio=40000, mode="max")
+    place = (BOX, None, None, torch.zeros(1, 3, 2, 2), [2, 2], [0, 2, 1, 0, 0], 1.0)
     with pytest.raises(RuntimeError, match="roi_align_max: the chosen samples must be int32"):
-        place = (BOX, None, None, torch.zeros(1, 3, 2, 2), [2, 2], [0, 2, 1, 0, 0], 1.0)
         ops._frames_sample(IMAGE, *place)
 
 

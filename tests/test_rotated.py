@@ -264,6 +264,21 @@ def test_the_gradient_is_the_adjoint(mode, device, close):
         close((pooled * g).sum(), (probe * to_image).sum(), "gradient", case.name)
 
 
+def test_many_boxes_on_few_pixels(device, close):
+    """More boxes than a block looks at together, more cells than it lists for a pixel."""
+    count = 300
+    unit = (random_tensor((count, 6), F64, "crowd") + 1) / 2
+    boxes = unit * torch.tensor([0.9, 7, 6, 2.5, 2.5, 360], dtype=F64)
+    image = random_tensor((1, 2, 6, 7), F64, "crowd").to(device.torch).requires_grad_()
+    g = random_tensor((count, 2, 5, 4), F64, "crowd grad")
+    pooled = glimpse_ext.roi_align_rotated(image, boxes.to(device.torch), (5, 4), 1.0, 1)
+    wide = image.detach().cpu().requires_grad_()
+    values = reference.roi_align_rotated(wide, boxes, (5, 4), 1.0, 1)
+    close(pooled, values)
+    (got,) = torch.autograd.grad(pooled, image, g.to(device.torch))
+    close(got, torch.autograd.grad(values, wide, g)[0], "gradient")
+
+
 def test_boxes_are_independent(device, same_bits):
     boxes = torch.cat([case.boxes(F32) for case in CASES[:6]]).to(device.torch)
     image = random_tensor((2, 5, 9, 7), F32, "independent").to(device.torch)
@@ -479,7 +494,7 @@ def test_any_box_on_any_map(rows, height, width, cells, ratio, aligned, device):
     g = random_tensor((len(rows), 2, *cells), F64, "any grad")
 
     def run(target):
-        x = image.to(target.torch).requires_grad_()
+        x = image.to(target.torch).clone().requires_grad_()
         b = boxes.to(target.torch).double().requires_grad_()
         pooled = glimpse_ext.roi_align_rotated(x, b, cells, 1.0, ratio, aligned)
         return pooled, *torch.autograd.grad(pooled, (x, b), g.to(target.torch))
