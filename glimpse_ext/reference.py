@@ -475,7 +475,7 @@ def roi_align_rotated(
         >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
         >>> boxes = torch.tensor([[0.0, 2.0, 2.0, 2.0, 2.0, 90.0]])
         >>> roi_align_rotated(image, boxes, 2).round().flatten().tolist()
-        [6.0, 10.0, 5.0, 9.0]
+        [9.0, 5.0, 10.0, 6.0]
     """
     _check_bad_index(bad_index)
     if input.ndim != 4:

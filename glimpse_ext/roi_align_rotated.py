@@ -83,8 +83,8 @@ def roi_align_rotated(
     >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
     >>> boxes = torch.tensor([[0.0, 2.0, 2.0, 2.0, 2.0, 90.0]])
     >>> glimpse_ext.roi_align_rotated(image, boxes, output_size=2)
-    tensor([[[[ 6., 10.],
-              [ 5.,  9.]]]])
+    tensor([[[[ 9.,  5.],
+              [10.,  6.]]]])
     """
     name = "roi_align_rotated"
     boxes = join_boxes(name, boxes, _COLUMNS)

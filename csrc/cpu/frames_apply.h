@@ -216,20 +216,26 @@ void grad_boxes(const FrameProblem& problem, const CellTable<acc_t<T>>& table, a
 
 // ----------------------------------------------------------------------------------------- maximum
 
-/// The value of a sample in one channel.
-template <class T>
-GLIMPSE_INLINE acc_t<T> tap_value(const SampleTap<acc_t<T>>& tap, const Level& map,
-                                  const T* plane) {
+/// The values of a sample in kPlanes neighbouring channels.
+template <class T, int kPlanes>
+GLIMPSE_INLINE void tap_values(const SampleTap<acc_t<T>>& tap, const Level& map, const T* plane,
+                               acc_t<T>* value) {
   const T* pixel = plane + tap.offset;
-  acc_t<T> value = tap.weight[0] * load_value(pixel[0]);
-  if ((tap.highs & 2) != 0) value += tap.weight[1] * load_value(pixel[map.stride_w]);
-  if ((tap.highs & 1) != 0) {
-    value += tap.weight[2] * load_value(pixel[map.stride_h]);
-    if ((tap.highs & 2) != 0) {
-      value += tap.weight[3] * load_value(pixel[map.stride_h + map.stride_w]);
+  const int64_t offsets[4] = {0, map.stride_w, map.stride_h, map.stride_h + map.stride_w};
+  if (tap.highs == 3) {
+    for (int p = 0; p < kPlanes; ++p, pixel += map.stride_c) {
+      value[p] = tap.weight[0] * load_value(pixel[0]) +
+                 tap.weight[1] * load_value(pixel[offsets[1]]) +
+                 tap.weight[2] * load_value(pixel[offsets[2]]) +
+                 tap.weight[3] * load_value(pixel[offsets[3]]);
     }
+    return;
   }
-  return value;
+  for (int p = 0; p < kPlanes; ++p, pixel += map.stride_c) {
+    value[p] = tap.weight[0] * load_value(pixel[0]);
+    if ((tap.highs & 2) != 0) value[p] += tap.weight[1] * load_value(pixel[offsets[1]]);
+    if ((tap.highs & 1) != 0) value[p] += tap.weight[2] * load_value(pixel[offsets[2]]);
+  }
 }
 
 /// best, which: the largest so far of `count` channels. Nothing here branches, so it vectorises.
@@ -274,6 +280,31 @@ GLIMPSE_INLINE void maximum_lanes(const FrameProblem& problem, const SampleTable
   }
 }
 
+template <class T, int kPlanes>
+GLIMPSE_INLINE void maximum_planes(const FrameProblem& problem, const SampleTable<acc_t<T>>& table,
+                                   int64_t cells, const T* plane, pooled_t<T>* pooled,
+                                   int32_t* winner) {
+  using A = acc_t<T>;
+  for (int64_t cell = 0; cell < cells; ++cell) {
+    A best[kPlanes] = {}, value[kPlanes] = {};
+    int32_t which[kPlanes] = {};
+    const int32_t first = table.candidates[cell];
+    for (int32_t i = first; i < table.candidates[cell + 1]; ++i) {
+      const Candidate candidate = table.candidate[i];
+      if (candidate.tap >= 0) {
+        tap_values<T, kPlanes>(table.tap[candidate.tap], problem.map, plane, value);
+      } else {
+        for (int p = 0; p < kPlanes; ++p) value[p] = A(0);
+      }
+      take_larger(value, candidate.index, i == first, kPlanes, best, which);
+    }
+    for (int p = 0; p < kPlanes; ++p) {
+      pooled[p * cells + cell] = Store<pooled_t<T>>::from(best[p]);
+      winner[p * cells + cell] = which[p];
+    }
+  }
+}
+
 /// Every cell has a candidate: a cell without samples on the map has a dropped one.
 template <class T>
 void maximum(const FrameProblem& problem, const SampleTable<acc_t<T>>& table, acc_t<T>* scratch) {
@@ -294,18 +325,14 @@ void maximum(const FrameProblem& problem, const SampleTable<acc_t<T>>& table, ac
     }
     return;
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* plane = image + c * map.stride_c;
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      Maximum<A> largest = Maximum<A>::none();
-      for (int32_t i = table.candidates[cell]; i < table.candidates[cell + 1]; ++i) {
-        const Candidate candidate = table.candidate[i];
-        largest.take(candidate.tap >= 0 ? tap_value<T>(table.tap[candidate.tap], map, plane) : A(0),
-                     candidate.index);
-      }
-      pooled[c * cells + cell] = Store<pooled_t<T>>::from(largest.value);
-      winner[c * cells + cell] = largest.sample;
-    }
+  int64_t c = 0;
+  for (; c + 4 <= channels; c += 4) {
+    maximum_planes<T, 4>(problem, table, cells, image + c * map.stride_c, pooled + c * cells,
+                         winner + c * cells);
+  }
+  for (; c < channels; ++c) {
+    maximum_planes<T, 1>(problem, table, cells, image + c * map.stride_c, pooled + c * cells,
+                         winner + c * cells);
   }
 }
 
