@@ -6,6 +6,7 @@ from . import extract_glimpse as _extract_glimpse  # noqa: F401
 from ._arguments import set_check_indices
 from .crop import crop, crop_and_resize, point_sample
 from .roi_align import multiscale_roi_align, roi_align
+from .roi_align_rotated import roi_align_rotated
 
 __all__ = [
     "crop",
@@ -14,6 +15,7 @@ __all__ = [
     "point_sample",
     "reference",
     "roi_align",
+    "roi_align_rotated",
     "set_check_indices",
 ]
 

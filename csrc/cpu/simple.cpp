@@ -7,6 +7,7 @@
 
 #include "cpu/backend.h"
 #include "cpu/dtypes.h"
+#include "cpu/frames.h"
 
 namespace glimpse {
 namespace {
@@ -200,7 +201,16 @@ size_t no_workspace(const Problem&) { return 0; }
 }  // namespace
 
 const Backend& simple_backend() {
-  static const Backend backend = {"simple", true, no_workspace, sample, grad_features, grad_boxes};
+  static const Backend backend = {"simple",
+                                  true,
+                                  no_workspace,
+                                  sample,
+                                  grad_features,
+                                  grad_boxes,
+                                  simple_frames_sample,
+                                  simple_frames_maximum,
+                                  simple_frames_grad_features,
+                                  simple_frames_grad_boxes};
   return backend;
 }
 

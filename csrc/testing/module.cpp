@@ -7,11 +7,13 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 #include "geometry/pyramid.h"
+#include "geometry/sincos.h"
 #include "geometry/tables.h"
 #include "testing/emulation_bindings.h"
 
@@ -143,6 +145,13 @@ PYBIND11_MODULE(_testing, m) {
   m.def("assign_level", &testing::assign_level_as, "box"_a, "rule"_a, "canonical_size"_a,
         "canonical_level"_a, "scales"_a, "dtype"_a = "float32");
   m.def("log2", &glimpse::portable_log2);
+  m.def(
+      "sincos",
+      [](double angle, bool degrees) {
+        const glimpse::SinCos turned = glimpse::portable_sincos(angle, degrees);
+        return std::make_pair(turned.sine, turned.cosine);
+      },
+      "angle"_a, "degrees"_a);
   m.def("use_backend", &testing::use_backend, "name"_a,
         "Runs the CPU operators on a backend (cpu, simple, emulated); returns the previous name.");
 
