@@ -4,10 +4,12 @@
 from . import _library, reference
 from . import extract_glimpse as _extract_glimpse  # noqa: F401
 from ._arguments import set_check_indices
+from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
 from .roi_align import multiscale_roi_align, roi_align
 
 __all__ = [
+    "convert_boxes",
     "crop",
     "crop_and_resize",
     "multiscale_roi_align",
