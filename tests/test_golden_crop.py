@@ -157,7 +157,9 @@ def test_crop_and_resize_image_gradient(case, device):
     additions = max(len(boxes) * grads.shape[2] * grads.shape[3], 1)
     eps = torch.finfo(expected.dtype if expected.dtype == torch.float16 else F32).eps
     largest = float(grads.abs().max()) if grads.numel() else 0.0
-    tolerance = Tolerance(eps / 4 * additions * largest, 2 * eps, "sums in the order of the original")
+    tolerance = Tolerance(
+        eps / 4 * additions * largest, 2 * eps, "sums in the order of the original"
+    )
     label = f"crop_and_resize, case={case}, device={device}, to the image"
     assert_within(got.double(), expected.double(), tolerance, label)
 
