@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every box-shaped read of an image as fast, deterministic, differentiable PyTorch operators."""
 
-from . import _library, reference
+from . import _library, nn, reference
 from . import extract_glimpse as _extract_glimpse  # noqa: F401
 from ._arguments import set_check_indices
 from .convert_boxes import convert_boxes
@@ -13,6 +13,7 @@ __all__ = [
     "crop",
     "crop_and_resize",
     "multiscale_roi_align",
+    "nn",
     "point_sample",
     "reference",
     "roi_align",
