@@ -19,7 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["assign_levels", "multiscale_roi_align", "roi_align", "roi_align_rotated"]
+__all__ = [
+    "assign_levels",
+    "crop",
+    "crop_and_resize",
+    "multiscale_roi_align",
+    "point_sample",
+    "roi_align",
+    "roi_align_rotated",
+]
 
 # The sample count of a cell is a 32-bit number in the compiled operators. A cell that would need
 # more is not sampled.
@@ -647,3 +655,257 @@ def multiscale_roi_align(
     if not pooled:
         return no_row.new_zeros(0, *no_row.shape)
     return torch.stack(pooled)
+
+
+# ------------------------------------------------------------- one sample per cell, or per point
+
+
+def _even_places(low: Tensor, high: Tensor, cells: int, scale: float, shift: float) -> Tensor:
+    """Middles of cells that divide a box whose ends are edges: ``edge = (number + shift) * scale``.
+
+    In index units, as all places here. A box that is not finite has no places.
+    """
+    origin, step = (low + shift) * scale - 0.5, (high - low) * scale / cells
+    cell = torch.arange(cells, dtype=low.dtype, device=low.device)
+    return _finite(origin, step, origin + cell * step + 0.5 * step)
+
+
+def _corner_places(low: Tensor, high: Tensor, cells: int, scale: float, shift: float) -> Tensor:
+    """From one end of a box to the other, where the ends are samples. One cell: its middle."""
+    if cells == 1:
+        middle = 0.5 * ((low + shift) + (high + shift)) * scale
+        return _finite(middle, middle, middle[None])
+    origin, step = (low + shift) * scale, (high - low) * scale / (cells - 1)
+    cell = torch.arange(cells, dtype=low.dtype, device=low.device)
+    return _finite(origin, step, origin + cell * step)
+
+
+def _finite(origin: Tensor, step: Tensor, places: Tensor) -> Tensor:
+    if torch.isfinite(origin) and torch.isfinite(step):
+        return places
+    return torch.full_like(places, math.nan)
+
+
+def _place_taps(where: Tensor, size: int, border: str) -> _AxisTaps:
+    """Taps of one axis with a sample at each of ``where``, in index units.
+
+    ``"zeros"``: pixels outside are zeros. ``"edge"``: the nearest pixel of the map. ``"centres"``,
+    ``"covered"``: samples beyond the outer pixel centres, or edges, have no taps. ``"nearest"``:
+    with one tap of weight 1.
+    """
+    at = where.detach()
+    if border == "zeros":
+        keep = (at >= -1) & (at <= size)
+    elif border == "edge":
+        keep = ~torch.isnan(at)
+    elif border.startswith("centres"):
+        keep = (at >= 0) & (at <= size - 1)
+    else:
+        keep = (at >= -0.5) & (at <= size - 0.5)
+    cell = torch.arange(where.numel(), device=where.device)[keep]
+    where, at = where[keep], at[keep]
+
+    if border == "zeros":
+        left = at.floor().long()
+        weight = torch.cat([1 - (where - left), where - left])
+        pixel, cell = torch.cat([left, left + 1]), torch.cat([cell, cell])
+        there = (pixel >= 0) & (pixel < size)
+        return _AxisTaps(cell[there], pixel[there], weight[there])
+
+    left = at.floor().clamp(0, size - 1).long()
+    if border.endswith("nearest"):
+        # Halves go up, which is away from zero for all that is inside.
+        up = (at - left >= 0.5).long()
+        return _AxisTaps(cell, (left + up).clamp(max=size - 1), torch.ones_like(where))
+    # On the edge and beyond it a sample reads one pixel and does not move. TensorFlow has that on
+    # every pixel.
+    moves = (at > 0) & (at < size - 1)
+    if border == "centres":
+        moves = moves & (at != left)
+    fraction = torch.where(moves, where - left, torch.zeros_like(where))
+    return _AxisTaps(
+        torch.cat([cell, cell[moves]]),
+        torch.cat([left, left[moves] + 1]),
+        torch.cat([1 - fraction, fraction[moves]]),
+    )
+
+
+def _pool_or_fill(
+    image: Tensor, rows: _AxisTaps, columns: _AxisTaps, height: int, width: int, fill: float
+) -> Tensor:
+    """As :func:`_pool`; ``fill`` where a cell has no tap along either axis."""
+    cells = _pool(image, rows, columns, height, width)
+    y = torch.zeros(height, dtype=torch.bool, device=image.device)
+    x = torch.zeros(width, dtype=torch.bool, device=image.device)
+    y[rows.cell], x[columns.cell] = True, True
+    return torch.where(y[:, None] & x, cells, torch.full_like(cells, fill))
+
+
+def crop(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    size: int | Sequence[int],
+    *,
+    box_format: str = "normalized",
+    align_corners: bool = False,
+    padding_mode: str = "zeros",
+    image_index: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    bad_index: str = "zeros",
+) -> Tensor:
+    """Bilinear crop of each box, in plain PyTorch.
+
+    Arguments are those of :func:`glimpse_ext.crop`; ``dtype`` and ``bad_index`` are those of
+    :func:`roi_align`.
+
+    Returns:
+        ``[K, C, height, width]``. Pixels outside the image are zeros, or with ``"border"`` those of
+        its edge. A box with a number that is not finite gives zeros.
+
+    Example:
+        >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> boxes = torch.tensor([[-0.5, -0.5, 0.5, 0.5]])
+        >>> crop(image, boxes, 2).flatten().tolist()
+        [5.0, 6.0, 9.0, 10.0]
+    """
+    _check_bad_index(bad_index)
+    height, width = _output_size(size)
+    images, channels, rows, columns = input.shape
+    if not isinstance(boxes, Tensor) or boxes.shape[-1] == 5:
+        matrix = _boxes_matrix(boxes, dtype)
+        numbers, matrix = matrix[:, 0].detach(), matrix[:, 1:]
+    else:
+        matrix = boxes.to(dtype)
+        if image_index is not None:
+            numbers = image_index
+        else:
+            each = len(boxes) // max(images, 1)
+            numbers = torch.arange(images).repeat_interleave(each)
+    input = input.to(dtype)
+    border = {"zeros": "zeros", "border": "edge"}[padding_mode]
+
+    def taps(low: Tensor, high: Tensor, cells: int, pixels: int) -> _AxisTaps:
+        extent = pixels - 1 if align_corners else pixels
+        scale, shift = (0.5 * extent, 1.0) if box_format == "normalized" else (1.0, 0.0)
+        places = _corner_places if align_corners else _even_places
+        return _place_taps(places(low, high, cells, scale, shift), pixels, border)
+
+    pooled = []
+    for number, (x1, y1, x2, y2) in zip(numbers, matrix, strict=True):
+        image = _image_index(number, images, bad_index)
+        if image is None:
+            pooled.append(input.new_zeros(channels, height, width))
+            continue
+        by_row, by_column = taps(y1, y2, height, rows), taps(x1, x2, width, columns)
+        pooled.append(_pool(input[image], by_row, by_column, height, width))
+    return torch.stack(pooled) if pooled else input.new_zeros(0, channels, height, width)
+
+
+def crop_and_resize(
+    image: Tensor,
+    boxes: Tensor,
+    box_indices: Tensor,
+    crop_size: int | Sequence[int],
+    method: str = "bilinear",
+    extrapolation_value: float = 0.0,
+    *,
+    convention: str = "tf",
+    dtype: torch.dtype = torch.float64,
+    bad_index: str = "zeros",
+) -> Tensor:
+    """TensorFlow's ``crop_and_resize`` on ``[N, C, H, W]``, in plain PyTorch.
+
+    Arguments are those of :func:`glimpse_ext.crop_and_resize`; ``dtype`` and ``bad_index`` are
+    those of :func:`roi_align`. Where ``convention`` is ``"tf"`` and ``boxes`` are not float64,
+    places are computed in float32 whatever ``dtype`` is, in TensorFlow's order of operations.
+
+    Returns:
+        ``[K, C, height, width]``; ``extrapolation_value`` where a sample lies outside, in boxes
+        that are not finite, and in boxes without an image.
+
+    Gradients:
+        To ``image`` and ``boxes``, of every order. ``"nearest"`` has the box gradient of
+        ``"bilinear"``, as in TensorFlow.
+
+    Example:
+        >>> image = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+        >>> box, index = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([0])
+        >>> crop_and_resize(image, box, index, 3).flatten().tolist()
+        [1.0, 1.5, 2.0, 2.0, 2.5, 3.0, 3.0, 3.5, 4.0]
+    """
+    _check_bad_index(bad_index)
+    height, width = _output_size(crop_size)
+    images, channels, rows, columns = image.shape
+    tf = convention == "tf"
+    image = image.to(dtype)
+    precision = torch.float32 if tf and boxes.dtype != torch.float64 else dtype
+    numbers = boxes.to(precision)
+    if tf and precision == torch.float32:
+        # TensorFlow flushes subnormal numbers to zero.
+        tiny = numbers.detach().abs() < torch.finfo(precision).tiny
+        numbers = torch.where(tiny, torch.zeros_like(numbers), numbers)
+    inside = "centres" if tf else "covered"
+
+    def taps(low: Tensor, high: Tensor, cells: int, pixels: int, border: str) -> _AxisTaps:
+        places = _corner_places if tf else _even_places
+        where = places(low, high, cells, pixels - 1 if tf else pixels, 0.0)
+        return _place_taps(where.to(dtype), pixels, border)
+
+    def read(of_image: Tensor, box: Tensor, border: str) -> Tensor:
+        y1, x1, y2, x2 = box
+        by_row, by_column = taps(y1, y2, height, rows, border), taps(x1, x2, width, columns, border)
+        return _pool_or_fill(of_image, by_row, by_column, height, width, extrapolation_value)
+
+    pooled = []
+    for number, box in zip(box_indices, numbers, strict=True):
+        index = _image_index(number, images, bad_index)
+        if index is None:
+            pooled.append(image.new_full((channels, height, width), extrapolation_value))
+            continue
+        if method == "bilinear":
+            pooled.append(read(image[index], box, inside))
+            continue
+        value = read(image[index], box.detach(), f"{inside}, nearest")
+        if box.requires_grad:
+            # Zero, with the derivatives of bilinear sampling in the box.
+            value = value + read(image[index], box, inside)
+            value = value - read(image[index], box.detach(), inside)
+        pooled.append(value)
+    return torch.stack(pooled) if pooled else image.new_zeros(0, channels, height, width)
+
+
+def point_sample(
+    input: Tensor,
+    points: Tensor,
+    align_corners: bool = False,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Bilinear values at points ``[N, P, 2]`` (x, y) in fractions of images, in plain PyTorch.
+
+    Arguments are those of :func:`glimpse_ext.point_sample`; ``dtype`` is that of :func:`roi_align`.
+
+    Returns:
+        ``[N, C, P]``. Pixels outside the image are zeros. A point that is not finite gives zeros.
+
+    Example:
+        >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> point_sample(image, torch.tensor([[[0.5, 0.5]]])).flatten().tolist()
+        [7.5]
+    """
+    images, channels, rows, columns = input.shape
+    input, points = input.to(dtype), points.to(dtype)
+
+    def taps(number: Tensor, pixels: int) -> _AxisTaps:
+        places = _corner_places if align_corners else _even_places
+        scale = pixels - 1 if align_corners else pixels
+        return _place_taps(places(number, number, 1, scale, 0.0), pixels, "zeros")
+
+    values = [
+        _pool(input[n], taps(y, rows), taps(x, columns), 1, 1)[:, 0, 0]
+        for n in range(images)
+        for x, y in points[n]
+    ]
+    if not values:
+        return input.new_zeros(images, channels, points.shape[1])
+    return torch.stack(values).reshape(images, -1, channels).transpose(1, 2)

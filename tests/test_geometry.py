@@ -51,7 +51,9 @@ DTYPES = ["float32", "float64"]
 def table(axis, mode, dtype):
     lo, hi, scale, cells, size = AXES[axis]
     ratio, aligned = mode
-    return _testing.axis_table("roi_align", lo, hi, scale, ratio, aligned, cells, size, dtype)
+    return _testing.axis_table(
+        _testing.roi_align(ratio, aligned), lo, hi, cells, size, scale, dtype
+    )
 
 
 def dense(table, values, cells, size):
@@ -173,9 +175,8 @@ def test_slopes_are_derivatives_of_weights(axis, mode):
     lo, hi = lo + 0.01037, hi + 0.02113
 
     def weights(lo, hi):
-        got = _testing.axis_table(
-            "roi_align", lo, hi, scale, ratio, aligned, cells, size, "float64"
-        )
+        op = _testing.roi_align(ratio, aligned)
+        got = _testing.axis_table(op, lo, hi, cells, size, scale)
         return got, dense(got, got["weight"], cells, size)
 
     got, _ = weights(lo, hi)
@@ -191,7 +192,7 @@ def test_slopes_are_derivatives_of_weights(axis, mode):
 @pytest.mark.parametrize("aligned", [False, True])
 def test_the_work_is_bounded(aligned, dtype):
     """A box of 1e9 pixels reads the pixels of the image, each once for each cell that covers it."""
-    got = _testing.axis_table("roi_align", -5e8, 5e8, 1.0, -1, aligned, 7, 64, dtype)
+    got = _testing.axis_table(_testing.roi_align(-1, aligned), -5e8, 5e8, 7, 64, 1.0, dtype)
     assert got["samples"] == pytest.approx(1e9 / 7, rel=1e-6)
     assert 0 < len(got["pixel"]) <= 64 + 2 * 7
     assert got["capacity"].sum() <= 64 + 2 * 7
@@ -206,7 +207,7 @@ def test_the_work_is_bounded(aligned, dtype):
 
 @pytest.mark.parametrize("extent", [2.0**31, 1e12, 1e300])
 def test_more_samples_than_can_be_counted_are_none(extent):
-    got = _testing.axis_table("roi_align", 0.0, extent, 1.0, 0, True, 1, 8, "float64")
+    got = _testing.axis_table(_testing.roi_align(0, True), 0.0, extent, 1, 8)
     assert got["samples"] == 0
     assert len(got["pixel"]) == 0
 
