@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "glimpse_problem.h"
 #include "problem.h"
 
 namespace glimpse {
@@ -25,6 +26,9 @@ struct Backend {
   void (*sample)(const Problem&);
   void (*grad_features)(const Problem&);
   void (*grad_boxes)(const Problem&);
+  /// Windows of whole pixels, copied; not an application of tables: Note [Why glimpses are copied].
+  size_t (*copy_glimpse_workspace)(const GlimpseProblem&);
+  void (*copy_glimpse)(const GlimpseProblem&);
 };
 
 }  // namespace glimpse

@@ -2,14 +2,15 @@
 """Every box-shaped read of an image as fast, deterministic, differentiable PyTorch operators."""
 
 from . import _library, reference
-from . import extract_glimpse as _extract_glimpse  # noqa: F401
 from ._arguments import set_check_indices
 from .crop import crop, crop_and_resize, point_sample
+from .extract_glimpse import extract_glimpse
 from .roi_align import multiscale_roi_align, roi_align
 
 __all__ = [
     "crop",
     "crop_and_resize",
+    "extract_glimpse",
     "multiscale_roi_align",
     "point_sample",
     "reference",

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "glimpse_problem.h"
 #include "problem.h"
 
 /// The launch layer: each function picks a kernel for the dtype, the layout and the sizes of a
@@ -15,5 +16,8 @@ void grad_boxes(const Problem& problem);
 
 /// Bytes of problem.workspace that grad_features needs; depends on sizes only.
 size_t grad_features_workspace(const Problem& problem);
+
+void copy_glimpse(const GlimpseProblem& problem);
+size_t copy_glimpse_workspace(const GlimpseProblem& problem);
 
 }  // namespace glimpse::cuda

@@ -13,6 +13,7 @@
 #include "cuda/backend.h"
 #include "geometry/pyramid.h"
 #include "geometry/tables.h"
+#include "noise.h"
 #include "testing/emulation_bindings.h"
 
 namespace py = pybind11;
@@ -143,6 +144,11 @@ PYBIND11_MODULE(_testing, m) {
   m.def("assign_level", &testing::assign_level_as, "box"_a, "rule"_a, "canonical_size"_a,
         "canonical_level"_a, "scales"_a, "dtype"_a = "float32");
   m.def("log2", &glimpse::portable_log2);
+  m.def("normal_quantile", &glimpse::normal_quantile);
+  m.def("philox", [](uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+    const glimpse::RandomBits bits = glimpse::philox(seed, c0, c1, c2, c3);
+    return std::vector<uint32_t>(bits.word, bits.word + 4);
+  });
   m.def("use_backend", &testing::use_backend, "name"_a,
         "Runs the CPU operators on a backend (cpu, simple, emulated); returns the previous name.");
 
