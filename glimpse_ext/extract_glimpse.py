@@ -157,7 +157,7 @@ def _exact(
 
 def _mean(glimpse: Tensor, scale: int, size: tuple[int, int]) -> Tensor:
     """The mean over scale x scale pixels; 16-bit numbers are added up in float32."""
-    if 0 in size:
+    if 0 in glimpse.shape:
         return glimpse.new_empty(*glimpse.shape[:2], *size)
     single = glimpse.dtype in (torch.float16, torch.bfloat16)
     wide = glimpse.float() if single else glimpse
@@ -168,10 +168,10 @@ def _join_scales(rows: Tensor, scales: int, channels_last: bool) -> Tensor:
     """[N * scales, C, h, w] -> [N, scales * C, h, w]."""
     if scales == 1:
         return rows
+    images: Tensor = rows.unflatten(0, (-1, scales))
     if not channels_last:
-        return rows.unflatten(0, (-1, scales)).flatten(1, 2)
-    images = rows.unflatten(0, (-1, scales)).permute(0, 3, 4, 1, 2)
-    return images.flatten(3, 4).permute(0, 3, 1, 2)
+        return images.flatten(1, 2)
+    return images.permute(0, 3, 4, 1, 2).flatten(3, 4).permute(0, 3, 1, 2)
 
 
 def extract_glimpse(

@@ -430,7 +430,8 @@ def _glimpse_matrix(place: Tensor, cells: int, scale: int, pixels: int) -> Tenso
             pixel = torch.arange(cells * scale, device=place.device) + low.to(torch.int64) + step
             row = ((pixel >= 0) & (pixel < pixels)).nonzero().flatten()
             weights = weights.index_put((row, pixel[row]), weight, accumulate=True)
-    return weights.unflatten(0, (cells, scale)).mean(1)
+    cells_first: Tensor = weights.unflatten(0, (cells, scale))
+    return cells_first.mean(1)
 
 
 def extract_glimpse(
@@ -475,16 +476,17 @@ def extract_glimpse(
         parts = [image.new_zeros(0, height, width, dtype=None if mode == "exact" else dtype)]
         for scale in scales:
             extents = (height * scale, width * scale)
-            origins = [
+            places = offset if mode == "exact" else offset.to(dtype)
+            origins = (
                 _glimpse_origin(
-                    offset[i] if mode == "exact" else offset[i].to(dtype),
-                    *(image.shape[1 + i], extents[i]),
-                    *(centered, normalized, version),
-                )
-                for i in (0, 1)
-            ]
+                    places[0], image.shape[1], extents[0], centered, normalized, version
+                ),
+                _glimpse_origin(
+                    places[1], image.shape[2], extents[1], centered, normalized, version
+                ),
+            )
             if mode == "exact":
-                part = _whole_glimpse(image, (origins[0], origins[1]), extents)
+                part = _whole_glimpse(image, origins, extents)
                 if scale > 1:
                     part = part.unflatten(2, (width, scale)).unflatten(1, (height, scale))
                     part = part.mean((2, 4))
