@@ -786,7 +786,7 @@ class TraceOperators(TorchDispatchMode):
 
 @pytest.mark.parametrize("noise", ["zero", "uniform", "gaussian"])
 @pytest.mark.parametrize("scales", [(1,), (2,), (1, 3)], ids=str)
-@pytest.mark.parametrize("rule", [RULES[0], RULES[-1], RULES[5]], ids=rule_name)
+@pytest.mark.parametrize("rule", [RULES[0], RULES[-1]], ids=rule_name)
 def test_subpixel_derivatives(rule, scales, noise, device):
     """gradcheck and gradgradcheck in the offsets, and in the image where noise does not move."""
     version, centered, normalized = rule
@@ -807,10 +807,13 @@ def test_subpixel_derivatives(rule, scales, noise, device):
 
     if noise == "zero":
         image.requires_grad_()
-        assert torch.autograd.gradcheck(glimpse, (image, offsets), check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(glimpse, (image, offsets))
-    else:
-        assert torch.autograd.gradcheck(glimpse, (image, offsets))
+        assert torch.autograd.gradgradcheck(glimpse, (image, offsets), fast_mode=True)
+    # Every element of the Jacobian once; other kernels show a wrong one in a random direction too.
+    fast = device is not CPU
+    inputs = (image, offsets)
+    assert torch.autograd.gradcheck(
+        glimpse, inputs, check_forward_ad=noise == "zero", fast_mode=fast
+    )
 
 
 @pytest.mark.parametrize("scales", [(1,), (1, 2)], ids=str)
@@ -830,8 +833,9 @@ def test_exact_derivatives_in_the_image(rule, scales, device):
             scales=scales,
         )
 
-    assert torch.autograd.gradcheck(glimpse, (image,), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(glimpse, (image,))
+    fast = device is not CPU
+    assert torch.autograd.gradcheck(glimpse, (image,), check_forward_ad=True, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(glimpse, (image,), fast_mode=True)
 
 
 @pytest.mark.parametrize("noise", ["zero", "uniform"])

@@ -20,11 +20,11 @@ struct Line {
   int32_t y;
 };
 
-/// Writes the cells first <= x < end of a line.
+/// Writes the cells first <= x < end of a line, with their channels.
 struct ZeroFill {
   template <class T>
-  void operator()(const Line&, int64_t, int32_t first, int32_t end, int64_t unit, T* out) const {
-    if (end > first) std::memset(static_cast<void*>(out), 0, sizeof(T) * unit * (end - first));
+  void operator()(const Line&, int64_t channels, int32_t first, int32_t end, T* out) const {
+    std::memset(static_cast<void*>(out), 0, sizeof(T) * channels * (end - first));
   }
 };
 
@@ -33,8 +33,7 @@ struct NoiseFill {
   const std::vector<Statistics>& statistics;  // of every channel (gaussian) or image (uniform)
 
   template <class T>
-  void operator()(const Line& line, int64_t channels, int32_t first, int32_t end, int64_t,
-                  T* out) const {
+  void operator()(const Line& line, int64_t channels, int32_t first, int32_t end, T* out) const {
     const bool gaussian = problem.noise == Noise::kGaussian;
     const uint64_t seed = static_cast<uint64_t>(*problem.seed);
     for (int32_t x = first; x < end; ++x) {
@@ -61,35 +60,43 @@ void copy_typed(const GlimpseProblem& problem, const Fill& fill) {
   const bool nhwc = problem.layout == Layout::kNhwc;
   const int64_t unit = nhwc ? problem.channels : 1;  // elements of a cell in its line
   const bool dense = problem.stride_w == unit && (unit == 1 || problem.stride_c == 1);
-  const int64_t lines = (nhwc ? 1 : problem.channels) * problem.out_height;  // of an image
-  const int64_t elements = unit * problem.out_width;                         // of a line
+  const int64_t planes = nhwc ? 1 : problem.channels;
+  const int64_t lines = planes * problem.out_height;  // of an image
+  const int64_t elements = unit * problem.out_width;  // of a line
   const auto* image = static_cast<const T*>(problem.image);
   auto* output = static_cast<T*>(problem.output);
 
   const auto copy_lines = [&](int64_t first, int64_t end) {
-    GlimpseWindow window = {};
-    int64_t known = -1;
-    for (int64_t index = first; index < end; ++index) {
-      const Line line = {index / lines, index % lines / problem.out_height,
-                         static_cast<int32_t>(index % problem.out_height)};
-      if (line.image != known) window = glimpse_window(problem, known = line.image);
-      T* out = output + index * elements;
+    // Counted on from here: three divisions would cost as much as the copy of a short line.
+    Line line = {first / lines, first % lines / problem.out_height,
+                 static_cast<int32_t>(first % problem.out_height)};
+    GlimpseWindow window = glimpse_window(problem, line.image);
+    T* out = output + first * elements;
+    for (int64_t index = first; index < end; ++index, out += elements, ++line.y) {
+      if (line.y == problem.out_height) {
+        line.y = 0;
+        if (++line.channel == planes) {
+          line.channel = 0;
+          window = glimpse_window(problem, ++line.image);
+        }
+      }
       if (line.y < window.y.begin || line.y >= window.y.end || window.x.begin >= window.x.end) {
-        fill(line, unit, 0, problem.out_width, unit, out);
+        fill(line, unit, 0, problem.out_width, out);
         continue;
       }
       const int32_t begin = window.x.begin, count = window.x.end - begin;
       const T* row = image + line.image * problem.stride_n + line.channel * problem.stride_c +
                      (window.y.first + line.y) * problem.stride_h +
                      (window.x.first + begin) * problem.stride_w;
-      fill(line, unit, 0, begin, unit, out);
-      out += begin * unit;
+      if (begin > 0) fill(line, unit, 0, begin, out);
       if (dense) {
-        std::memcpy(static_cast<void*>(out), row, sizeof(T) * unit * count);
+        std::memcpy(static_cast<void*>(out + begin * unit), row, sizeof(T) * unit * count);
       } else {
-        copy_apart(row, count, problem.stride_w, unit, problem.stride_c, out);
+        copy_apart(row, count, problem.stride_w, unit, problem.stride_c, out + begin * unit);
       }
-      fill(line, unit, begin + count, problem.out_width, unit, out + count * unit);
+      if (begin + count < problem.out_width) {
+        fill(line, unit, begin + count, problem.out_width, out + (begin + count) * unit);
+      }
     }
   };
   constexpr int64_t kBytesPerThread = 1 << 16;
