@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "frame_problem.h"
+#include "glimpse_problem.h"
 #include "problem.h"
 
 namespace glimpse {
@@ -33,6 +34,9 @@ struct Backend {
   void (*frames_maximum)(const FrameProblem&);
   void (*frames_grad_features)(const FrameProblem&);
   void (*frames_grad_boxes)(const FrameProblem&);
+  /// Windows of whole pixels, copied; not an application of tables: Note [Why glimpses are copied].
+  size_t (*copy_glimpse_workspace)(const GlimpseProblem&);
+  void (*copy_glimpse)(const GlimpseProblem&);
 };
 
 }  // namespace glimpse

@@ -231,7 +231,7 @@ GLIMPSE_HD void for_each_candidate(const FrameProblem& problem, const FrameBox<T
                                    int32_t cell_y, int32_t cell_x, const Take& take) {
   const CellWindow window = cell_window(box, cell_y, cell_x);
   const DroppedAround dropped = DroppedAround::of(box.frame, window);
-  const Taps<T> nothing = RoiBorder::taps(T(-2), 1);
+  const Taps<T> nothing = roi_border().taps(T(-2), 1);
   const auto drop = [&] { take(-1, FrameTaps<T>{nothing, nothing}); };
   if (dropped.before) drop();
   int32_t index = 0;

@@ -23,6 +23,7 @@ __all__ = [
     "assign_levels",
     "crop",
     "crop_and_resize",
+    "extract_glimpse",
     "multiscale_roi_align",
     "point_sample",
     "roi_align",
@@ -909,3 +910,116 @@ def point_sample(
     if not values:
         return input.new_zeros(images, channels, points.shape[1])
     return torch.stack(values).reshape(images, -1, channels).transpose(1, 2)
+
+
+def _glimpse_origin(
+    offset: Tensor, size: int, extent: int, centered: bool, normalized: bool, version: int
+) -> Tensor:
+    """The place of the first pixel of a window along one axis, in TensorFlow's order."""
+    place = offset
+    if normalized:
+        place = place * size
+    if centered:
+        if normalized or version == 1:
+            place = place / 2
+        # Half of a whole number is exact.
+        place = place + size / 2
+    if version == 1 or (normalized and centered):
+        place = place - extent / 2
+    return place
+
+
+def _whole_glimpse(image: Tensor, place: tuple[Tensor, Tensor], size: tuple[int, int]) -> Tensor:
+    window = image.new_zeros(image.shape[0], *size)
+    spans = []
+    for origin, pixels, cells in zip(place, image.shape[1:], size, strict=True):
+        # NaN and infinity are nowhere, and what is 2**40 pixels away is as far off as they are.
+        first = int(origin) if bool(origin.abs() < 2**40) else 2**40
+        begin, end = max(first, 0), min(first + cells, pixels)
+        if begin >= end:
+            return window
+        spans.append((slice(begin - first, end - first), slice(begin, end)))
+    (to_y, from_y), (to_x, from_x) = spans
+    window[:, to_y, to_x] = image[:, from_y, from_x]
+    return window
+
+
+def _glimpse_matrix(place: Tensor, cells: int, scale: int, pixels: int) -> Tensor:
+    """[cells, pixels]: the weights with which the pixels of one axis make its cells."""
+    weights = place.new_zeros(cells * scale, pixels)
+    if bool(place.isfinite()):
+        low = place.detach().floor().clamp(-(2.0**40), 2.0**40)
+        fraction = (place - low).clamp(0, 1)
+        for step, weight in ((0, 1 - fraction), (1, fraction)):
+            pixel = torch.arange(cells * scale, device=place.device) + low.to(torch.int64) + step
+            row = ((pixel >= 0) & (pixel < pixels)).nonzero().flatten()
+            weights = weights.index_put((row, pixel[row]), weight, accumulate=True)
+    cells_first: Tensor = weights.unflatten(0, (cells, scale))
+    return cells_first.mean(1)
+
+
+def extract_glimpse(
+    input: Tensor,
+    size: int | Sequence[int],
+    offsets: Tensor,
+    centered: bool = True,
+    normalized: bool = True,
+    *,
+    version: int = 2,
+    mode: str = "exact",
+    scales: Sequence[int] = (1,),
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Windows around a point of each image, with zeros outside.
+
+    Args:
+        input: ``[N, C, H, W]``; any dtype for ``"exact"`` with a scale of 1.
+        size: ``(height, width)`` or one number for both.
+        offsets: ``[N, 2]`` of y, x; ``"exact"`` places windows in their dtype.
+        centered: whether offsets count from the middle of the image.
+        normalized: whether offsets are fractions of the image or pixels.
+        version: 2 for ``tf.image.extract_glimpse``, 1 for that of ``tf.compat.v1.image``.
+        mode: ``"exact"`` truncates the place to a whole pixel, ``"subpixel"`` interpolates.
+        scales: for each s, s * size pixels are reduced to ``size`` by the mean.
+        dtype: ``"subpixel"`` is computed and returned in this dtype.
+
+    Returns:
+        ``[N, len(scales) * C, height, width]``, scale by scale; ``"exact"`` in the dtype of
+        ``input``.
+
+    Gradients:
+        To ``input``, and with ``"subpixel"`` to ``offsets``, of every order.
+
+    Example:
+        >>> extract_glimpse(torch.eye(3)[None, None], 2, torch.tensor([[1.0, 1.0]])).tolist()
+        [[[[1.0, 0.0], [0.0, 0.0]]]]
+    """
+    height, width = _output_size(size)
+    images = []
+    for image, offset in zip(input, offsets, strict=True):
+        parts = [image.new_zeros(0, height, width, dtype=None if mode == "exact" else dtype)]
+        for scale in scales:
+            extents = (height * scale, width * scale)
+            places = offset if mode == "exact" else offset.to(dtype)
+            origins = (
+                _glimpse_origin(
+                    places[0], image.shape[1], extents[0], centered, normalized, version
+                ),
+                _glimpse_origin(
+                    places[1], image.shape[2], extents[1], centered, normalized, version
+                ),
+            )
+            if mode == "exact":
+                part = _whole_glimpse(image, origins, extents)
+                if scale > 1:
+                    part = part.unflatten(2, (width, scale)).unflatten(1, (height, scale))
+                    part = part.mean((2, 4))
+            else:
+                along_y = _glimpse_matrix(origins[0], height, scale, image.shape[1])
+                along_x = _glimpse_matrix(origins[1], width, scale, image.shape[2])
+                part = along_y @ image.to(dtype) @ along_x.T
+            parts.append(part)
+        images.append(torch.cat(parts))
+    if not images:
+        return input.new_zeros(0, len(scales) * input.shape[1], height, width)
+    return torch.stack(images)

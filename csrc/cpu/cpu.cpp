@@ -77,7 +77,9 @@ const Backend& cpu_backend() {
                                   cpu_frames_sample,
                                   cpu_frames_maximum,
                                   cpu_frames_grad_features,
-                                  cpu_frames_grad_boxes};
+                                  cpu_frames_grad_boxes,
+                                  [](const GlimpseProblem&) -> size_t { return 0; },
+                                  cpu_copy_glimpse};
   return backend;
 }
 

@@ -21,7 +21,9 @@ const Backend& cuda_backend() {
                                   cuda::frames_sample,
                                   cuda::frames_maximum,
                                   cuda::frames_grad_features,
-                                  cuda::frames_grad_boxes};
+                                  cuda::frames_grad_boxes,
+                                  cuda::copy_glimpse_workspace,
+                                  cuda::copy_glimpse};
   return backend;
 }
 

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "frame_problem.h"
+#include "glimpse_problem.h"
 #include "problem.h"
 
 /// The launch layer: each function picks a kernel for the dtype, the layout and the sizes of a
@@ -21,5 +22,8 @@ void frames_grad_boxes(const FrameProblem& problem);
 
 /// Bytes of problem.workspace that grad_features needs; depends on sizes only.
 size_t grad_features_workspace(const Problem& problem);
+
+void copy_glimpse(const GlimpseProblem& problem);
+size_t copy_glimpse_workspace(const GlimpseProblem& problem);
 
 }  // namespace glimpse::cuda

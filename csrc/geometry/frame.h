@@ -129,8 +129,8 @@ struct FrameTaps {
   GLIMPSE_HD static FrameTaps at(const Frame<T>& frame, T local_y, T local_x, int32_t height,
                                  int32_t width) {
     FrameTaps taps;
-    taps.y = RoiBorder::taps(frame.position_y(local_y, local_x), height);
-    taps.x = RoiBorder::taps(frame.position_x(local_y, local_x), width);
+    taps.y = roi_border().taps(frame.position_y(local_y, local_x), height);
+    taps.x = roi_border().taps(frame.position_x(local_y, local_x), width);
     return taps;
   }
   GLIMPSE_HD bool kept() const { return y.count > 0 && x.count > 0; }
@@ -147,10 +147,10 @@ struct FrameReach {
   GLIMPSE_HD static FrameReach of(const Frame<T>& frame, int32_t first_y, int32_t last_y,
                                   int32_t first_x, int32_t last_x) {
     using R = Rounded<T>;
-    const R y0 = R(RoiBorder::reach_low<T>(first_y)) - R(frame.centre[0]);
-    const R y1 = R(RoiBorder::reach_high<T>(last_y, last_y + 1)) - R(frame.centre[0]);
-    const R x0 = R(RoiBorder::reach_low<T>(first_x)) - R(frame.centre[1]);
-    const R x1 = R(RoiBorder::reach_high<T>(last_x, last_x + 1)) - R(frame.centre[1]);
+    const R y0 = R(roi_border().reach_low<T>(first_y)) - R(frame.centre[0]);
+    const R y1 = R(roi_border().reach_high<T>(last_y, last_y + 1)) - R(frame.centre[0]);
+    const R x0 = R(roi_border().reach_low<T>(first_x)) - R(frame.centre[1]);
+    const R x1 = R(roi_border().reach_high<T>(last_x, last_x + 1)) - R(frame.centre[1]);
     const R largest(larger(larger(magnitude(y0.value), magnitude(y1.value)),
                            larger(magnitude(x0.value), magnitude(x1.value))));
     const R margin = largest * R(sizeof(T) == 8 ? T(1e-14) : T(4e-6));

@@ -99,6 +99,7 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("crop", TORCH_BOX(&crop));
   m.impl("crop_and_resize", TORCH_BOX(&crop_and_resize));
   m.impl("point_sample", TORCH_BOX(&point_sample));
+  m.impl("extract_glimpse", TORCH_BOX(&extract_glimpse));
   m.impl("subpixel_glimpse", TORCH_BOX(&subpixel_glimpse));
   m.impl("_sample", TORCH_BOX(&sample_entry));
   m.impl("_sample_grad_features", TORCH_BOX(&sample_grad_features_entry));
@@ -146,6 +147,9 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
       "crop_and_resize(Tensor image, Tensor boxes, Tensor box_indices, SymInt height, "
       "SymInt width, bool align_corners, bool nearest, float extrapolation_value) -> Tensor");
   m.def("point_sample(Tensor input, Tensor points, bool align_corners) -> Tensor");
+  m.def(
+      "extract_glimpse(Tensor input, Tensor offsets, Tensor? seed, SymInt height, SymInt width, "
+      "int version, bool centered, bool normalized, int noise) -> Tensor");
   m.def(
       "subpixel_glimpse(Tensor input, Tensor offsets, SymInt height, SymInt width, int version, "
       "bool centered, bool normalized, int scale) -> Tensor");
