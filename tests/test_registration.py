@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import PYRAMIDS, SMOOTH_CASES, random_tensor
 from conftest import CPU, CUDA, DEVICES
+from frame_samples import frame_samples
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -162,6 +163,7 @@ def op_samples(device):
             ops._sample_grad_boxes.default,
             ([image, small], grads(grad), grads(corners), index, levels, None, 0, *explicit),
         ),
+        **frame_samples(device),
     }
 
 
@@ -193,8 +195,8 @@ def test_fake_results_are_like_real_ones(name, device):
     with FakeTensorMode() as mode:
         fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
     for a, b in zip(
-        fake if isinstance(fake, list) else [fake],
-        real if isinstance(real, list) else [real],
+        fake if isinstance(fake, (list, tuple)) else [fake],
+        real if isinstance(real, (list, tuple)) else [real],
         strict=True,
     ):
         assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
