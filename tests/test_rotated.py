@@ -435,6 +435,19 @@ def test_a_number_that_is_none(column, value, ratio, device):
     assert torch.equal(to_image, torch.autograd.grad(alone.sum(), image)[0])
 
 
+@pytest.mark.parametrize("angle", [0.0, 30.0, 90.0])
+def test_sizes_that_overflow(angle, device):
+    """Some of the samples have finite positions, others have none: only the former may be read."""
+    image = random_tensor((1, 2, 6, 6), F32, "overflow").to(device.torch).requires_grad_()
+    rows = [[0, 3.0, 3, w, h, angle] for w in (2.0, 3e38, -3e38) for h in (2.0, 3e38)]
+    boxes = torch.tensor(rows, device=device.torch).requires_grad_()
+    for ratio in (2, 5, 9):
+        pooled = glimpse_ext.roi_align_rotated(image, boxes, (2, 3), 1.0, ratio)
+        gradients = torch.autograd.grad(pooled.sum(), (image, boxes))
+        assert pooled.isfinite().all()
+        assert gradients[0].isfinite().all()
+
+
 def test_an_angle_beyond_all_turns(device):
     image = torch.ones(1, 1, 6, 6, dtype=F64, device=device.torch)
     for unit, quarter in (("degrees", 90.0), ("radians", math.pi / 2)):
