@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "frame_problem.h"
+#include "glimpse_problem.h"
 #include "problem.h"
 
 namespace glimpse {
@@ -25,6 +27,16 @@ struct Backend {
   void (*sample)(const Problem&);
   void (*grad_features)(const Problem&);
   void (*grad_boxes)(const Problem&);
+  /// The same on frames, sample by sample, for operators that are not separable. frames_maximum
+  /// pools by the largest sample and says which that was; the derivatives of the maximum are the
+  /// other three with it as FrameProblem::chosen. None needs a workspace.
+  void (*frames_sample)(const FrameProblem&);
+  void (*frames_maximum)(const FrameProblem&);
+  void (*frames_grad_features)(const FrameProblem&);
+  void (*frames_grad_boxes)(const FrameProblem&);
+  /// Windows of whole pixels, copied; not an application of tables: Note [Why glimpses are copied].
+  size_t (*copy_glimpse_workspace)(const GlimpseProblem&);
+  void (*copy_glimpse)(const GlimpseProblem&);
 };
 
 }  // namespace glimpse

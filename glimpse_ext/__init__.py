@@ -2,21 +2,24 @@
 """Every box-shaped read of an image as fast, deterministic, differentiable PyTorch operators."""
 
 from . import _library, nn, reference
-from . import extract_glimpse as _extract_glimpse  # noqa: F401
 from ._arguments import set_check_indices
 from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
+from .extract_glimpse import extract_glimpse
 from .roi_align import multiscale_roi_align, roi_align
+from .roi_align_rotated import roi_align_rotated
 
 __all__ = [
     "convert_boxes",
     "crop",
     "crop_and_resize",
+    "extract_glimpse",
     "multiscale_roi_align",
     "nn",
     "point_sample",
     "reference",
     "roi_align",
+    "roi_align_rotated",
     "set_check_indices",
 ]
 

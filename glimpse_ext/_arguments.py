@@ -66,41 +66,54 @@ def choose(name: str, argument: str, value: str, choices: Mapping[str, T]) -> T:
     return choices[value]
 
 
-def size_pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+def size_pair(
+    name: str, size: int | Sequence[int], argument: str = "output_size"
+) -> tuple[int, int]:
     """(height, width) from one number or two; symbolic sizes pass through."""
     if isinstance(size, (tuple, list, torch.Size)):
         if len(size) != 2:
             raise ValueError(
-                f"{name}: output_size must be an int or (height, width), got {len(size)} numbers"
+                f"{name}: {argument} must be an int or (height, width), got {len(size)} numbers"
             )
         height, width = size
     else:
         height = width = size
     for side in (height, width):
         if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
-            raise TypeError(f"{name}: output_size must be int, got {type(side).__name__}")
+            raise TypeError(f"{name}: {argument} must be int, got {type(side).__name__}")
         if isinstance(side, int) and side < 0:
-            raise ValueError(f"{name}: output_size must be zero or more, got {side}")
+            raise ValueError(f"{name}: {argument} must be zero or more, got {side}")
     return height, width
 
 
-def join_boxes(name: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-    """[K, 5] boxes from a [K, 5] tensor or from one [L, 4] tensor for each image."""
+def join_boxes(
+    name: str,
+    boxes: Tensor | Sequence[Tensor],
+    columns: Sequence[str] = ("x1", "y1", "x2", "y2"),
+) -> Tensor:
+    """[K, 5] boxes from a [K, 5] tensor or from one [L, 4] tensor for each image.
+
+    Or as many columns as there are names.
+    """
+    count = len(columns)
     if isinstance(boxes, Tensor):
         return boxes
     if not isinstance(boxes, (list, tuple)):
         raise TypeError(
-            f"{name}: boxes must be a [K, 5] tensor or a list of [L, 4] tensors, "
+            f"{name}: boxes must be a [K, {count + 1}] tensor or a list of [L, {count}] tensors, "
             f"got {type(boxes).__name__}"
         )
     if len(boxes) == 0:
-        raise ValueError(f"{name}: boxes must be a [K, 5] tensor or a non-empty list, got []")
+        raise ValueError(
+            f"{name}: boxes must be a [K, {count + 1}] tensor or a non-empty list, got []"
+        )
     for image, own in enumerate(boxes):
         if not isinstance(own, Tensor):
             raise TypeError(f"{name}: boxes[{image}] must be a tensor, got {type(own).__name__}")
-        if own.dim() != 2 or own.shape[1] != 4:
+        if own.dim() != 2 or own.shape[1] != count:
             raise ValueError(
-                f"{name}: boxes[{image}] must be [L, 4] (x1, y1, x2, y2), got {list(own.shape)}"
+                f"{name}: boxes[{image}] must be [L, {count}] ({', '.join(columns)}), "
+                f"got {list(own.shape)}"
             )
     # 16-bit numbers do not count images: bfloat16 ends at 256.
     dtype = boxes[0].dtype

@@ -36,6 +36,7 @@ from ._sampling import (
     AXES,
     BOTH,
     Maps,
+    Opaque,
     Sampler,
     Where,
     axis_mask,
@@ -488,6 +489,54 @@ class _SampleTransform(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         where, features = _SampleTransform._saved(ctx)
         return _sample_jvp(features, where, tangents[6:], tangents[4], tangents[5])
+
+
+class _CopyTransform(torch.autograd.Function):
+    """An operator that copies what ``sampler`` samples, and fills in numbers of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        op: Any, arguments: Any, sampler: Sampler, seed: Any, offsets: Any, image: Any
+    ) -> Tensor:
+        del sampler
+        out: Tensor = op(image, offsets, seed, *arguments.values)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, sampler, _, offsets, image = inputs
+        ctx.save_for_backward(offsets, image)
+        ctx.save_for_forward(offsets, image)
+        ctx.sampler = sampler
+
+    @staticmethod
+    def _saved(ctx: Any) -> tuple[Where, Tensor]:
+        offsets, image = ctx.saved_tensors
+        return Where(offsets, None, None, None, 0, ctx.sampler), image
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        where, image = _CopyTransform._saved(ctx)
+        got = _sample_vjp(
+            None, where, grad, _Needs(ctx.needs_input_grad[5], False, False), Maps.of([image])
+        )
+        return (None,) * 5 + got.features
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        where, image = _CopyTransform._saved(ctx)
+        return _sample_jvp([image], where, tangents[5:], None, None)
+
+
+def copy_in_transform(op: Any, where: Where, args: Sequence[Any]) -> Tensor:
+    """``op(image, offsets, seed, ...)`` where torch.func transforms surround the call."""
+    image, offsets, seed, *rest = args
+    out: Tensor = _CopyTransform.apply(  # type: ignore[no-untyped-call]
+        op, Opaque(tuple(rest)), where.sampler, seed, offsets, image
+    )
+    return out
 
 
 class _GradFeaturesTransform(torch.autograd.Function):

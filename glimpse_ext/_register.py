@@ -66,8 +66,8 @@ def _check_fake(name: str, features: Sequence[Tensor], where: Where) -> None:
         raise RuntimeError(f"{name}: boxes must be [K, {widths[0]}], got {list(boxes.shape)}")
 
 
-def _fake_pooled(first: Tensor, where: Where) -> Tensor:
-    dtype = torch.float32 if first.dtype == torch.uint8 else first.dtype
+def _fake_pooled(first: Tensor, where: Where, copies: bool) -> Tensor:
+    dtype = torch.float32 if first.dtype == torch.uint8 and not copies else first.dtype
     size = (where.boxes.shape[0], first.shape[1], *where.sampler.output_size)
     return torch.empty(
         size,
@@ -190,8 +190,16 @@ def _batch_grad_boxes(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]
     return got.unflatten(0, (size, boxes)), 0
 
 
-def register_sampler(name: str, bind: Bind) -> Callable[..., Tensor]:
+def register_sampler(
+    name: str,
+    bind: Bind,
+    transform: Callable[[Any, Where, Sequence[Any]], Tensor] | None = None,
+    batch_copies: Callable[..., tuple[Tensor, int]] | None = None,
+) -> Callable[..., Tensor]:
     """Gives a registered operator that samples its derivatives, fake kernel and batching rule.
+
+    An operator whose values are not those of the tables but whose derivatives are says how it is
+    called inside torch.func (``transform``) and batched (``batch_copies``).
 
     Returns the operator as public functions call it: the same numbers by the shortest way.
     """
@@ -203,7 +211,7 @@ def register_sampler(name: str, bind: Bind) -> Callable[..., Tensor]:
             return out
         features, where = bind(*args)
         if transforms_active():
-            return sample(features, where)
+            return sample(features, where) if transform is None else transform(op, where, args)
         if differentiates(where.boxes, *features):
             return cast(
                 Tensor,
@@ -230,7 +238,7 @@ def register_sampler(name: str, bind: Bind) -> Callable[..., Tensor]:
     def fake(*args: Any) -> Tensor:
         features, where = bind(*args)
         _check_fake(name, features, where)
-        return _fake_pooled(features[0], where)
+        return _fake_pooled(features[0], where, transform is not None)
 
     def batch(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         features, where = bind(*args)
@@ -238,7 +246,7 @@ def register_sampler(name: str, bind: Bind) -> Callable[..., Tensor]:
 
     _library_impl.impl(name, autograd_kernel, "Autograd", with_keyset=True)
     torch.library.register_fake(f"glimpse_ext::{name}", fake)
-    torch.library.register_vmap(f"glimpse_ext::{name}", batch)
+    torch.library.register_vmap(f"glimpse_ext::{name}", batch_copies or batch)
     return call
 
 

@@ -66,6 +66,13 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class Opaque:
+    """Arguments in one piece. A dataclass for the reason that Sampler is one."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Maps:
     """Sizes and memory format of feature maps that are to be made."""
 

@@ -23,9 +23,11 @@ __all__ = [
     "assign_levels",
     "crop",
     "crop_and_resize",
+    "extract_glimpse",
     "multiscale_roi_align",
     "point_sample",
     "roi_align",
+    "roi_align_rotated",
 ]
 
 # The sample count of a cell is a 32-bit number in the compiled operators. A cell that would need
@@ -136,25 +138,189 @@ def _output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _boxes_matrix(boxes: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Boxes as one ``[K, 5]`` tensor (image, x1, y1, x2, y2) of ``dtype``."""
+def _boxes_matrix(
+    boxes: Tensor | Sequence[Tensor], dtype: torch.dtype, columns: str = "x1, y1, x2, y2"
+) -> Tensor:
+    """Boxes as one ``[K, 5]`` tensor (image, x1, y1, x2, y2) of ``dtype``; or other columns."""
+    count = columns.count(",") + 1
     if isinstance(boxes, Tensor):
-        if boxes.ndim != 2 or boxes.shape[1] != 5:
+        if boxes.ndim != 2 or boxes.shape[1] != count + 1:
             raise ValueError(
-                f"boxes must be [K, 5] (image, x1, y1, x2, y2), got {list(boxes.shape)}"
+                f"boxes must be [K, {count + 1}] (image, {columns}), got {list(boxes.shape)}"
             )
         return boxes.to(dtype)
     if len(boxes) == 0:
-        raise ValueError("boxes must be [K, 5] or one [L, 4] per image, got an empty list")
+        raise ValueError(
+            f"boxes must be [K, {count + 1}] or one [L, {count}] per image, got an empty list"
+        )
     rows = []
     for image, of_image in enumerate(boxes):
-        if of_image.ndim != 2 or of_image.shape[1] != 4:
+        if of_image.ndim != 2 or of_image.shape[1] != count:
             raise ValueError(
-                f"boxes[{image}] must be [L, 4] (x1, y1, x2, y2), got {list(of_image.shape)}"
+                f"boxes[{image}] must be [L, {count}] ({columns}), got {list(of_image.shape)}"
             )
         corners = of_image.to(dtype)
         rows.append(torch.cat([torch.full_like(corners[:, :1], image), corners], dim=1))
     return torch.cat(rows)
+
+
+class _LocalAxis(NamedTuple):
+    """A row of cells: ``origin + cell * step + (sample + 1/2) * step / samples``."""
+
+    origin: Tensor
+    step: Tensor
+    samples: int
+    cells: int
+
+    def position(self, cell: Tensor, sample: Tensor) -> Tensor:
+        middle = sample.to(self.step.dtype) + 0.5
+        along = middle * self.step / max(self.samples, 1)
+        return self.origin + cell.to(self.step.dtype) * self.step + along
+
+    def within(self, low: float, high: float) -> tuple[Tensor, Tensor]:
+        """First and past-the-last sample of each cell that lies from ``low`` to ``high``."""
+        cell = torch.arange(self.cells, device=self.step.device)
+        if self.step >= 0:
+            start = _leading_true(self.samples, lambda i: self.position(cell, i) < low, cell)
+            stop = _leading_true(self.samples, lambda i: self.position(cell, i) <= high, cell)
+        else:
+            start = _leading_true(self.samples, lambda i: self.position(cell, i) > high, cell)
+            stop = _leading_true(self.samples, lambda i: self.position(cell, i) >= low, cell)
+        return start, torch.maximum(start, stop)
+
+
+def _samples(step: Tensor, sampling_ratio: int) -> int:
+    wanted = float(sampling_ratio) if sampling_ratio > 0 else torch.ceil(step.detach()).item()
+    return int(wanted) if 0 < wanted <= MAX_SAMPLES_PER_CELL else 0
+
+
+def _corner_axis(
+    low: Tensor, high: Tensor, cells: int, scale: float, sampling_ratio: int, aligned: bool
+) -> _LocalAxis:
+    shift = 0.5 if aligned else 0.0
+    origin = low * scale - shift
+    extent = (high * scale - shift) - origin
+    if not aligned:
+        extent = torch.where(extent < 1, torch.ones_like(extent), extent)
+    step = extent / cells
+    return _LocalAxis(origin, step, _samples(step, sampling_ratio), cells)
+
+
+def _centred_axis(
+    length: Tensor, cells: int, scale: float, sampling_ratio: int, aligned: bool
+) -> _LocalAxis:
+    extent = length * scale
+    if not aligned:
+        extent = torch.where(extent < 1, torch.ones_like(extent), extent)
+    step = extent / cells
+    return _LocalAxis(-extent / 2, step, _samples(step, sampling_ratio), cells)
+
+
+class _Frame(NamedTuple):
+    """Two local axes about a centre (y, x), turned by an angle given as (cosine, sine)."""
+
+    y: _LocalAxis
+    x: _LocalAxis
+    centre: tuple[Tensor, Tensor]
+    turn: tuple[Tensor, Tensor]
+
+
+def _read_frame(image: Tensor, frame: _Frame, mode: str) -> Tensor:
+    """One box of one image ``[C, H, W]``: ``[C, cells of y, cells of x]``."""
+    channels, rows, columns = image.shape
+    cells_y, cells_x = frame.y.cells, frame.x.cells
+    nothing = image.new_zeros(channels, cells_y, cells_x)
+    cosine, sine = frame.turn
+    finite = all(torch.isfinite(t) for axis in frame[:2] for t in axis[:2])
+    finite = finite and all(torch.isfinite(t) for t in (*frame.centre, cosine, sine))
+    if frame.y.samples == 0 or frame.x.samples == 0 or not finite:
+        return nothing
+
+    # Only local positions inside the turned map can be on it: a box may have billions of samples,
+    # so the few that matter are found before any position is stored.
+    with torch.no_grad():
+        y = torch.tensor([-1.0, -1.0, rows, rows], dtype=image.dtype) - frame.centre[0]
+        x = torch.tensor([-1.0, columns, -1.0, columns], dtype=image.dtype) - frame.centre[1]
+        spare = 1e-4 * (1 + float(y.abs().max()) + float(x.abs().max()))
+        local_y, local_x = y * cosine + x * sine, x * cosine - y * sine
+        limits = []
+        for axis, local in ((frame.y, local_y), (frame.x, local_x)):
+            limits.append(axis.within(float(local.min()) - spare, float(local.max()) + spare))
+
+    def numbers(limit: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        start, stop = limit
+        cell = torch.repeat_interleave(torch.arange(len(start)), stop - start)
+        before = torch.repeat_interleave(torch.cumsum(stop - start, 0) - stop, stop - start)
+        return cell, torch.arange(len(cell)) - before
+
+    (cell_y, sample_y), (cell_x, sample_x) = numbers(limits[0]), numbers(limits[1])
+    yy = frame.y.position(cell_y, sample_y)[:, None]
+    xx = frame.x.position(cell_x, sample_x)[None, :]
+    at_y = yy * cosine - xx * sine + frame.centre[0]
+    at_x = yy * sine + xx * cosine + frame.centre[1]
+    kept = (at_y >= -1) & (at_y <= rows) & (at_x >= -1) & (at_x <= columns)
+
+    def taps(at: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        left = torch.where(kept, at.detach(), 0.0).floor().clamp(0, size - 1).long()
+        moves = (at.detach() > 0) & (left < size - 1) & kept
+        return left, torch.where(moves, left + 1, left), torch.where(moves, at - left, 0.0)
+
+    y0, y1, fy = taps(at_y, rows)
+    x0, x1, fx = taps(at_x, columns)
+    top = image[:, y0, x0] * (1 - fx) + image[:, y0, x1] * fx
+    bottom = image[:, y1, x0] * (1 - fx) + image[:, y1, x1] * fx
+    values = torch.where(kept, top * (1 - fy) + bottom * fy, 0.0)
+    if mode == "mean":
+        sums = nothing.new_zeros(channels, cells_y, len(cell_x)).index_add(1, cell_y, values)
+        sums = nothing.index_add(2, cell_x, sums)
+        return sums / frame.y.samples / frame.x.samples
+
+    starts = [[int(v) for v in limit[0]] for limit in limits]
+    stops = [[int(v) for v in limit[1]] for limit in limits]
+    cells = []
+    for i in range(cells_y):
+        for j in range(cells_x):
+            block = values[:, cell_y == i][:, :, cell_x == j]
+            # Samples that were not looked at stand around those that were, as zeros.
+            around = (
+                int(starts[1][j] > 0),
+                int(stops[1][j] < frame.x.samples),
+                int(starts[0][i] > 0),
+                int(stops[0][i] < frame.y.samples),
+            )
+            if block.shape[1] == 0 or block.shape[2] == 0:
+                cells.append(values.new_zeros(channels))
+                continue
+            flat = torch.nn.functional.pad(block, around).flatten(1)
+            winner = flat.detach().argmax(1, keepdim=True)
+            cells.append(flat.gather(1, winner)[:, 0])
+    if not cells:
+        return nothing
+    return torch.stack(cells, 1).reshape(channels, cells_y, cells_x)
+
+
+def _pool_frames(
+    input: Tensor,
+    boxes: Tensor,
+    output_size: int | Sequence[int],
+    frame_of: Callable[[Tensor, int, int], _Frame],
+    mode: str,
+    dtype: torch.dtype,
+    bad_index: str,
+) -> Tensor:
+    height, width = _output_size(output_size)
+    images, channels, rows, columns = input.shape
+    input = input.to(dtype)
+    pooled = []
+    for box in boxes:
+        image = _image_index(box[0].detach(), images, bad_index)
+        if image is None or rows == 0 or columns == 0 or height == 0 or width == 0:
+            pooled.append(input.new_zeros(channels, height, width))
+        else:
+            pooled.append(_read_frame(input[image], frame_of(box, height, width), mode))
+    if not pooled:
+        return input.new_zeros(0, channels, height, width)
+    return torch.stack(pooled)
 
 
 def _image_index(number: Tensor, images: int, bad_index: str) -> int | None:
@@ -179,6 +345,7 @@ def roi_align(
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
+    mode: str = "mean",
     *,
     dtype: torch.dtype = torch.float64,
     bad_index: str = "zeros",
@@ -203,6 +370,8 @@ def roi_align(
             each box.
         aligned: subtract the half pixel between box coordinates and pixel indices. ``False`` leaves
             it out, as RoIAlign did first, and widens every box to at least one pixel.
+        mode: ``"mean"`` of the samples of a cell, or their ``"max"`` for each channel, where a
+            sample outside counts as 0 and the first of equals wins. A NaN is larger than all.
         dtype: everything is computed and returned in this dtype. Positions too, so a sample that
             falls on the edge of the image in float32 may be dropped or kept differently in float64.
         bad_index: ``"zeros"`` gives a row of zeros to a box whose image does not exist, ``"raise"``
@@ -230,6 +399,22 @@ def roi_align(
     _check_bad_index(bad_index)
     if input.ndim != 4:
         raise ValueError(f"input must be [N, C, H, W], got {list(input.shape)}")
+    if mode not in ("mean", "max"):
+        raise ValueError(f'mode must be "mean" or "max", got {mode!r}')
+    if mode == "max":
+
+        def frame_of(box: Tensor, height: int, width: int) -> _Frame:
+            _, x1, y1, x2, y2 = box
+            return _Frame(
+                _corner_axis(y1, y2, height, spatial_scale, sampling_ratio, aligned),
+                _corner_axis(x1, x2, width, spatial_scale, sampling_ratio, aligned),
+                (box.new_zeros(()), box.new_zeros(())),
+                (box.new_ones(()), box.new_zeros(())),
+            )
+
+        return _pool_frames(
+            input, _boxes_matrix(boxes, dtype), output_size, frame_of, mode, dtype, bad_index
+        )
     height, width = _output_size(output_size)
     images, channels, rows, columns = input.shape
     input = input.to(dtype)
@@ -257,6 +442,84 @@ def roi_align(
     if not pooled:
         return input.new_zeros(0, channels, height, width)
     return torch.stack(pooled)
+
+
+def roi_align_rotated(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = True,
+    clockwise: bool = False,
+    angle_unit: str = "degrees",
+    *,
+    dtype: torch.dtype = torch.float64,
+    bad_index: str = "zeros",
+) -> Tensor:
+    """Mean of bilinear samples in each cell of each rotated box, in plain PyTorch.
+
+    Args:
+        input: ``[N, C, H, W]`` of any numeric dtype and any strides.
+        boxes: ``[K, 6]`` rows (image, centre x, centre y, width, height, angle), or one ``[L, 5]``
+            tensor per image. Coordinates count as in :func:`roi_align`.
+        output_size: cells per box, ``(height, width)`` or one number for both.
+        spatial_scale: as in :func:`roi_align`.
+        sampling_ratio: as in :func:`roi_align`, along the directions of the box.
+        aligned: subtract the half pixel between box coordinates and pixel indices from the centre.
+            ``False`` leaves it out and widens every side to at least one pixel.
+        clockwise: positive angles turn with the clock, on a picture with y pointing down.
+        angle_unit: ``"degrees"`` or ``"radians"``.
+        dtype: as in :func:`roi_align`.
+        bad_index: as in :func:`roi_align`.
+
+    Returns:
+        ``[K, C, height, width]``. Boxes without samples, or with a number that is not finite, give
+        zeros; so does an angle beyond 2**20 quarter turns.
+
+    Gradients:
+        To ``input`` and ``boxes``, of every order, with the rules of :func:`roi_align`.
+
+    Example:
+        >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> boxes = torch.tensor([[0.0, 2.0, 2.0, 2.0, 2.0, 90.0]])
+        >>> roi_align_rotated(image, boxes, 2).round().flatten().tolist()
+        [9.0, 5.0, 10.0, 6.0]
+    """
+    _check_bad_index(bad_index)
+    if input.ndim != 4:
+        raise ValueError(f"input must be [N, C, H, W], got {list(input.shape)}")
+    if angle_unit not in ("degrees", "radians"):
+        raise ValueError(f'angle_unit must be "degrees" or "radians", got {angle_unit!r}')
+    quarter = 90.0 if angle_unit == "degrees" else math.pi / 2
+    shift = 0.5 if aligned else 0.0
+
+    def frame_of(box: Tensor, height: int, width: int) -> _Frame:
+        _, x, y, box_width, box_height, angle = box
+        # Sine and cosine in float64 whatever the dtype, and exact for quarter turns in degrees.
+        angle = angle.double()
+        whole = torch.round(angle.detach() / quarter)
+        rest = (angle - whole * quarter) * (math.pi / 2 / quarter)
+        cosine, sine = torch.cos(rest), torch.sin(rest)
+        if not abs(float(angle.detach())) <= 2**20 * quarter:
+            cosine = sine = torch.full_like(angle, math.nan)
+        elif whole % 4 == 1:
+            cosine, sine = -sine, cosine
+        elif whole % 4 == 2:
+            cosine, sine = -cosine, -sine
+        elif whole % 4 == 3:
+            cosine, sine = sine, -cosine
+        if clockwise:
+            sine = -sine
+        return _Frame(
+            _centred_axis(box_height, height, spatial_scale, sampling_ratio, aligned),
+            _centred_axis(box_width, width, spatial_scale, sampling_ratio, aligned),
+            (y * spatial_scale - shift, x * spatial_scale - shift),
+            (cosine.to(dtype), sine.to(dtype)),
+        )
+
+    matrix = _boxes_matrix(boxes, dtype, "centre x, centre y, width, height, angle")
+    return _pool_frames(input, matrix, output_size, frame_of, "mean", dtype, bad_index)
 
 
 def assign_levels(
@@ -647,3 +910,116 @@ def point_sample(
     if not values:
         return input.new_zeros(images, channels, points.shape[1])
     return torch.stack(values).reshape(images, -1, channels).transpose(1, 2)
+
+
+def _glimpse_origin(
+    offset: Tensor, size: int, extent: int, centered: bool, normalized: bool, version: int
+) -> Tensor:
+    """The place of the first pixel of a window along one axis, in TensorFlow's order."""
+    place = offset
+    if normalized:
+        place = place * size
+    if centered:
+        if normalized or version == 1:
+            place = place / 2
+        # Half of a whole number is exact.
+        place = place + size / 2
+    if version == 1 or (normalized and centered):
+        place = place - extent / 2
+    return place
+
+
+def _whole_glimpse(image: Tensor, place: tuple[Tensor, Tensor], size: tuple[int, int]) -> Tensor:
+    window = image.new_zeros(image.shape[0], *size)
+    spans = []
+    for origin, pixels, cells in zip(place, image.shape[1:], size, strict=True):
+        # NaN and infinity are nowhere, and what is 2**40 pixels away is as far off as they are.
+        first = int(origin) if bool(origin.abs() < 2**40) else 2**40
+        begin, end = max(first, 0), min(first + cells, pixels)
+        if begin >= end:
+            return window
+        spans.append((slice(begin - first, end - first), slice(begin, end)))
+    (to_y, from_y), (to_x, from_x) = spans
+    window[:, to_y, to_x] = image[:, from_y, from_x]
+    return window
+
+
+def _glimpse_matrix(place: Tensor, cells: int, scale: int, pixels: int) -> Tensor:
+    """[cells, pixels]: the weights with which the pixels of one axis make its cells."""
+    weights = place.new_zeros(cells * scale, pixels)
+    if bool(place.isfinite()):
+        low = place.detach().floor().clamp(-(2.0**40), 2.0**40)
+        fraction = (place - low).clamp(0, 1)
+        for step, weight in ((0, 1 - fraction), (1, fraction)):
+            pixel = torch.arange(cells * scale, device=place.device) + low.to(torch.int64) + step
+            row = ((pixel >= 0) & (pixel < pixels)).nonzero().flatten()
+            weights = weights.index_put((row, pixel[row]), weight, accumulate=True)
+    cells_first: Tensor = weights.unflatten(0, (cells, scale))
+    return cells_first.mean(1)
+
+
+def extract_glimpse(
+    input: Tensor,
+    size: int | Sequence[int],
+    offsets: Tensor,
+    centered: bool = True,
+    normalized: bool = True,
+    *,
+    version: int = 2,
+    mode: str = "exact",
+    scales: Sequence[int] = (1,),
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Windows around a point of each image, with zeros outside.
+
+    Args:
+        input: ``[N, C, H, W]``; any dtype for ``"exact"`` with a scale of 1.
+        size: ``(height, width)`` or one number for both.
+        offsets: ``[N, 2]`` of y, x; ``"exact"`` places windows in their dtype.
+        centered: whether offsets count from the middle of the image.
+        normalized: whether offsets are fractions of the image or pixels.
+        version: 2 for ``tf.image.extract_glimpse``, 1 for that of ``tf.compat.v1.image``.
+        mode: ``"exact"`` truncates the place to a whole pixel, ``"subpixel"`` interpolates.
+        scales: for each s, s * size pixels are reduced to ``size`` by the mean.
+        dtype: ``"subpixel"`` is computed and returned in this dtype.
+
+    Returns:
+        ``[N, len(scales) * C, height, width]``, scale by scale; ``"exact"`` in the dtype of
+        ``input``.
+
+    Gradients:
+        To ``input``, and with ``"subpixel"`` to ``offsets``, of every order.
+
+    Example:
+        >>> extract_glimpse(torch.eye(3)[None, None], 2, torch.tensor([[1.0, 1.0]])).tolist()
+        [[[[1.0, 0.0], [0.0, 0.0]]]]
+    """
+    height, width = _output_size(size)
+    images = []
+    for image, offset in zip(input, offsets, strict=True):
+        parts = [image.new_zeros(0, height, width, dtype=None if mode == "exact" else dtype)]
+        for scale in scales:
+            extents = (height * scale, width * scale)
+            places = offset if mode == "exact" else offset.to(dtype)
+            origins = (
+                _glimpse_origin(
+                    places[0], image.shape[1], extents[0], centered, normalized, version
+                ),
+                _glimpse_origin(
+                    places[1], image.shape[2], extents[1], centered, normalized, version
+                ),
+            )
+            if mode == "exact":
+                part = _whole_glimpse(image, origins, extents)
+                if scale > 1:
+                    part = part.unflatten(2, (width, scale)).unflatten(1, (height, scale))
+                    part = part.mean((2, 4))
+            else:
+                along_y = _glimpse_matrix(origins[0], height, scale, image.shape[1])
+                along_x = _glimpse_matrix(origins[1], width, scale, image.shape[2])
+                part = along_y @ image.to(dtype) @ along_x.T
+            parts.append(part)
+        images.append(torch.cat(parts))
+    if not images:
+        return input.new_zeros(0, len(scales) * input.shape[1], height, width)
+    return torch.stack(images)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import check_indices, choose, join_boxes, size_pair
+from ._autograd_frames import call_max
 from ._register import register_sampler
 from ._sampling import COLUMNS, BoxColumns, Sampler, Where
 
@@ -75,6 +76,7 @@ def roi_align(
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
+    mode: str = "mean",
 ) -> Tensor:
     """Mean of bilinear samples in each cell of each box (RoIAlign, He et al. 2017).
 
@@ -96,6 +98,7 @@ def roi_align(
             pixels, rounded up.
         aligned: whether box edges are edges (True, as in detectron2) or are read as pixel indices,
             half a pixel late, with sides of at least one pixel (False, as in the 2017 paper).
+        mode: ``"mean"`` of the samples of a cell, or their ``"max"`` for each channel.
 
     Returns:
         ``[K, C, height, width]`` in the dtype (uint8 gives float32) and memory format of
@@ -106,15 +109,25 @@ def roi_align(
     A box that is NaN, infinite, or reversed or empty under adaptive sampling gives zeros; a
     reversed box with a positive ``sampling_ratio`` and ``aligned=True`` is mirrored.
 
+    With ``mode="max"`` the samples, numbers and gradients are those of mmcv's
+    ``pool_mode="max"``: a sample outside the map takes part as a 0, the first of equal samples
+    wins, and gradients go to the taps of the winner and, through its position, to the box. Where
+    mmcv starts its search at -10000 (-FLT_MAX on CUDA) and gives that number to a cell without
+    samples, this starts at minus infinity and gives 0; a winner one pixel outside the map, whose
+    position mmcv takes for "none", has a gradient here. A NaN wins over every number, as in
+    ``torch.max``. ``sampling_ratio`` is at most 32768.
+
     Gradients:
         To ``input`` and ``boxes``, of every order, in reverse and forward mode, under ``vmap`` and
         ``torch.func``. Numbers of samples count as constant; the jump where samples leave the map
         has no derivative. Every result has the same bits in every run, at any number of threads.
+        With ``mode="max"`` the winner counts as constant, and a third derivative in the boxes
+        raises.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit; on CPU also an image index outside
             the batch. On CUDA such a box gives zeros; see :func:`set_check_indices`.
-        ValueError, TypeError: a list of boxes or an output size that is none.
+        ValueError, TypeError: a list of boxes, an output size or a mode that is none.
 
     Differences from torchvision: boxes have gradients, box and image dtypes may differ, bfloat16,
     uint8 and channels_last are native, NaN and huge boxes neither crash nor cost more than the
@@ -126,12 +139,18 @@ def roi_align(
     >>> glimpse_ext.roi_align(image, boxes, output_size=2, aligned=True)
     tensor([[[[ 5.,  6.],
               [ 9., 10.]]]])
+    >>> glimpse_ext.roi_align(image, boxes, 1, sampling_ratio=2, aligned=True, mode="max")
+    tensor([[[[10.]]]])
     """
     name = "roi_align"
     boxes = join_boxes(name, boxes)
     height, width = size_pair(name, output_size)
+    if mode not in ("mean", "max"):
+        raise ValueError(f'{name}: mode must be "mean" or "max", got {mode!r}')
     if input.dim() == 4:
         check_indices(name, boxes, input.shape[0])
+    if mode == "max":
+        return call_max(input, boxes, spatial_scale, height, width, sampling_ratio, aligned)
     return _roi_align(input, boxes, spatial_scale, height, width, sampling_ratio, aligned)
 
 

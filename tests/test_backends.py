@@ -65,7 +65,7 @@ class Call:
     def where(self) -> tuple[object, ...]:
         return (
             *(self.boxes, self.image_index, self.levels, self.tangent, self.axes),
-            *(list(self.output_size), 0, list(self.params), self.scales, self.level_rule),
+            *(list(self.output_size), 0, list(self.params), self.scales, self.level_rule, 0.0),
         )
 
     def sample(self) -> Tensor:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include "glimpse_problem.h"
 #include "problem.h"
 
 namespace glimpse {
@@ -10,5 +11,6 @@ namespace glimpse {
 void cpu_sample(const Problem& problem);
 void cpu_grad_features(const Problem& problem);
 void cpu_grad_boxes(const Problem& problem);
+void cpu_copy_glimpse(const GlimpseProblem& problem);
 
 }  // namespace glimpse

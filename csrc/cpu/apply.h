@@ -185,31 +185,55 @@ void expand_row(const A* cells, const Table<A>& table, int32_t first, int32_t en
   }
 }
 
+template <class A>
+struct Plane;
+
+// Of apply_narrow.h, for plans that say so.
+template <class T>
+void sample_narrow(const Work<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan);
+template <class T>
+void grad_features_narrow(const GradWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan,
+                          const Plane<acc_t<T>>& plane);
+template <class T>
+void grad_boxes_narrow(const Work<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan,
+                       BoxGradient& gradient);
+
 }  // namespace
 
 #include "cpu/apply_grad_boxes.h"
 #include "cpu/apply_grad_features.h"
 #include "cpu/apply_sample.h"
+// Needs the functions above.
+#include "cpu/apply_narrow.h"
 
 namespace {
 
 // ----------------------------------------------------------------------------------- the table
 
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <class T>
 int64_t sample_scratch(const Problem& problem, const PlanSet<acc_t<T>>& plans) {
   constexpr int64_t L = kLanes<acc_t<T>>;
-  if (problem.layout == Layout::kNhwc) return 0;
-  return L *
-         (2 * plans.max_vectors() * L + 1 + int64_t{rows_together(problem)} * problem.out_width);
+  const int64_t narrow = (plans.max_narrow_vectors() + 2) * L;
+  if (problem.layout == Layout::kNhwc) return narrow;
+  const int64_t wide =
+      L * (2 * plans.max_vectors() * L + 1 + int64_t{rows_together(problem)} * problem.out_width);
+  return larger(wide, narrow);
 }
 
 template <class T>
 int64_t grad_features_scratch(const Problem& problem, const PlanSet<acc_t<T>>& plans,
                               int64_t channels) {
   constexpr int64_t L = kLanes<acc_t<T>>;
+  const int64_t narrow = plans.max_narrow_vectors() == 0
+                             ? 0
+                             : row_room<acc_t<T>>(problem.out_width * problem.channels) +
+                                   plans.max_narrow_vectors() * L * problem.out_height;
   if (problem.layout == Layout::kNchw) {
-    return int64_t{rows_together(problem)} * (problem.out_width + 1) * L +
-           plans.max_vectors() * L * L * (int64_t{problem.out_height} + 2);
+    return larger(int64_t{rows_together(problem)} * (problem.out_width + 1) * L +
+                      plans.max_vectors() * L * L * (int64_t{problem.out_height} + 2),
+                  narrow);
   }
   const int64_t width = (channels + L - 1) / L * L;
   // A last block with fewer channels expands more columns at a time, within the same bounds.
@@ -217,16 +241,21 @@ int64_t grad_features_scratch(const Problem& problem, const PlanSet<acc_t<T>>& p
   const int64_t fit = kExpandedBytes / static_cast<int64_t>(sizeof(acc_t<T>));
   const int64_t together = column > fit ? column : fit;
   const int64_t all = column * plans.max_slots();
-  return width * (problem.out_width + 1) + (together < all ? together : all);
+  return larger(width * (problem.out_width + 1) + (together < all ? together : all), narrow);
 }
 
 template <class T>
 int64_t grad_boxes_scratch(const Problem& problem, const PlanSet<acc_t<T>>& plans) {
   constexpr int64_t L = kLanes<acc_t<T>>;
+  const int64_t narrow = plans.max_narrow_vectors() == 0
+                             ? 0
+                             : row_room<acc_t<T>>(problem.out_width * problem.channels) +
+                                   3 * (plans.max_narrow_vectors() + 2) * L;
   if (problem.layout == Layout::kNchw) {
-    return (int64_t{problem.out_width} + 1) * L + 3 * plans.max_vectors() * L * L;
+    return larger((int64_t{problem.out_width} + 1) * L + 3 * plans.max_vectors() * L * L, narrow);
   }
-  return kBoxVectors * L * (int64_t{problem.out_width} + 1 + 2 * int64_t{plans.max_slots()});
+  return larger(kBoxVectors * L * (int64_t{problem.out_width} + 1 + 2 * int64_t{plans.max_slots()}),
+                narrow);
 }
 
 template <class T>

@@ -91,6 +91,13 @@ void grad_boxes_nchw(const BoxWork<acc_t<T>>& work) {
       const Level& level = problem.level[plan.level];
       const T* window = image_of<T>(level, plan.image) + channel * level.stride_c +
                         (level.width > 1 ? plan.first_column : 0);
+      if (plan.narrow) {
+        Work<A> block = work;
+        block.channel = channel;
+        block.channels = channels;
+        grad_boxes_narrow<T>(block, plan, work.sums[b]);
+        continue;
+      }
       if (plan.direct) {
         add_cell_by_cell<T>(problem, plan, level, window, level.width > 1 ? 1 : 0, channels, from,
                             {1, cells}, work.sums[b]);
@@ -153,6 +160,10 @@ void grad_boxes_nhwc(const BoxWork<acc_t<T>>& work) {
     const BoxPlan<A>& plan = *work.plans[b];
     const Level& level = problem.level[plan.level];
     const Table<A>& columns = plan.x_transposed;
+    if (plan.narrow) {
+      grad_boxes_narrow<T>(work, plan, work.sums[b]);
+      continue;
+    }
     if (plan.direct) {
       add_cell_by_cell<T>(problem, plan, level,
                           image_of<T>(level, plan.image) + work.channel * level.stride_c,

@@ -114,7 +114,7 @@ Band<A> band_of(const GradWork<A>& work, const Table<A>& rows) {
 
 /// Adds the weighted sum of N of the rows[cell][c][x] to one row of pixels of all channels.
 template <int N, class A>
-void add_few_rows(A* pixels, int64_t stride_c, int64_t channels, const A* rows,
+void add_few_rows(A* pixels, int64_t stride_c, int64_t channels, const A* rows, int64_t block,
                   const int32_t* index, const A* weights, int32_t vectors, int32_t last_valid) {
   constexpr int L = kLanes<A>;
   const int64_t width = int64_t{vectors} * L;
@@ -122,7 +122,7 @@ void add_few_rows(A* pixels, int64_t stride_c, int64_t channels, const A* rows,
   const A* row[N];
   for (int t = 0; t < N; ++t) {
     weight[t] = broadcast(weights[t]);
-    row[t] = rows + index[t] * width * L;
+    row[t] = rows + index[t] * block;
   }
   const int32_t whole = last_valid == L ? vectors : vectors - 1;
   for (int64_t c = 0; c < channels; ++c, pixels += stride_c) {
@@ -177,6 +177,10 @@ void grad_features_nchw(const GradWork<acc_t<T>>& work) {
     const BoxPlan<A>& plan = *work.plans[b];
     const T* from = static_cast<const T*>(problem.pooled) +
                     (plan.box * problem.channels + work.channel) * cells;
+    if (plan.narrow) {
+      grad_features_narrow<T>(work, plan, plane);
+      continue;
+    }
     if (plan.direct) {
       grad_cell_by_cell<T>(work, plan, plane, from);
       continue;
@@ -212,9 +216,9 @@ void grad_features_nchw(const GradWork<acc_t<T>>& work) {
       int32_t taps = rows.tap_end(r) - tap;
       const int32_t* index = rows.index + tap;
       const A* weight = rows.weight + tap;
-#define GLIMPSE_CALL(n)                                                                       \
-  add_few_rows<n, A>(pixels, plane.stride_c, work.channels, expanded, index, weight, vectors, \
-                     plan.last_valid)
+#define GLIMPSE_CALL(n)                                                                     \
+  add_few_rows<n, A>(pixels, plane.stride_c, work.channels, expanded, block, index, weight, \
+                     vectors, plan.last_valid)
       GLIMPSE_IN_GROUPS(taps, index, weight, GLIMPSE_CALL)
 #undef GLIMPSE_CALL
     }
@@ -278,6 +282,10 @@ void grad_features_nhwc(const GradWork<acc_t<T>>& work) {
     const BoxPlan<A>& plan = *work.plans[b];
     const T* from =
         static_cast<const T*>(problem.pooled) + plan.box * problem.channels * cells + work.channel;
+    if (plan.narrow) {
+      grad_features_narrow<T>(work, plan, plane);
+      continue;
+    }
     const Table<A>& rows = plan.y_transposed;
     const Table<A>& columns = plan.x_transposed;
     const Band<A> band = band_of(work, rows);

@@ -160,6 +160,10 @@ void sample_nchw(const Work<acc_t<T>>& work) {
     const Level& level = problem.level[plan.level];
     const T* window = image_of<T>(level, plan.image) + work.channel * level.stride_c +
                       (level.width > 1 ? plan.first_column : 0);
+    if (plan.narrow) {
+      sample_narrow<T>(work, plan);
+      continue;
+    }
     if (plan.direct) {
       sample_cell_by_cell<T>(problem, plan, window, level, work.channels, to);
       continue;
@@ -256,6 +260,10 @@ void sample_nhwc(const Work<acc_t<T>>& work) {
       continue;
     }
     const Level& level = problem.level[plan.level];
+    if (plan.narrow) {
+      sample_narrow<T>(work, plan);
+      continue;
+    }
     const T* image = image_of<T>(level, plan.image) + work.channel;
     int64_t left = work.channels;
     for (; left >= 8 * L; left -= 8 * L, image += 8 * L, to += 8 * L) {

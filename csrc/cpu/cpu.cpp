@@ -4,6 +4,7 @@
 
 #include "cpu/applications.h"
 #include "cpu/backend.h"
+#include "cpu/frames.h"
 #include "cpu/kernels.h"
 
 namespace glimpse {
@@ -72,7 +73,13 @@ const Backend& cpu_backend() {
                                   [](const Problem&) -> size_t { return 0; },
                                   cpu_sample,
                                   cpu_grad_features,
-                                  cpu_grad_boxes};
+                                  cpu_grad_boxes,
+                                  cpu_frames_sample,
+                                  cpu_frames_maximum,
+                                  cpu_frames_grad_features,
+                                  cpu_frames_grad_boxes,
+                                  [](const GlimpseProblem&) -> size_t { return 0; },
+                                  cpu_copy_glimpse};
   return backend;
 }
 

@@ -3,9 +3,11 @@
 #include <vector>
 
 #include "cpu/applications.h"
+#include "cpu/box_gradient.h"
 #include "cpu/dtypes.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/points.h"
 
 namespace glimpse {
 namespace {
@@ -18,26 +20,18 @@ int64_t channels_of_part(int64_t channels) {
   return (least + kMultiple - 1) / kMultiple * kMultiple;
 }
 
-/// Adds up the parts of one box and moves the sums from its axes to its edges.
+/// Adds up the parts of one box and writes its row.
 template <class A>
 void write_row(const Problem& problem, const BoxPlan<A>& plan, const BoxGradient* sums,
                int64_t parts, int64_t stride) {
-  A* row = static_cast<A*>(problem.grad_box) + plan.box * problem.box_columns;
-  std::fill_n(row, problem.box_columns, A(0));
-  if (plan.empty) return;
-  A* edges = row + problem.image_column;
-  for (const Direction direction : {kY, kX}) {
-    double origin = 0, step = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-      origin += sums[part * stride].origin[direction];
-      step += sums[part * stride].step[direction];
+  BoxGradient total = {};
+  for (int64_t part = 0; part < parts && !plan.empty; ++part) {
+    for (const Direction direction : {kY, kX}) {
+      total.origin[direction] += sums[part * stride].origin[direction];
+      total.step[direction] += sums[part * stride].step[direction];
     }
-    const Axis<A>& axis = plan.axis[direction];
-    edges[problem.op.lo_column(direction)] +=
-        static_cast<A>(origin * axis.origin_lo + step * axis.step_lo);
-    edges[problem.op.hi_column(direction)] +=
-        static_cast<A>(origin * axis.origin_hi + step * axis.step_hi);
   }
+  write_box_gradient(problem, plan.box, plan.empty ? nullptr : plan.axis, total);
 }
 
 template <class T>
@@ -84,6 +78,7 @@ void grad_boxes_typed(const Problem& problem) {
 }  // namespace
 
 void cpu_grad_boxes(const Problem& problem) {
+  if (is_points(problem)) return grad_boxes_of_points(problem);
   with_feature_type(problem.dtype,
                     [&](auto type) { grad_boxes_typed<typename decltype(type)::type>(problem); });
 }

@@ -6,6 +6,7 @@
 #include "cpu/dtypes.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/points.h"
 
 namespace glimpse {
 namespace {
@@ -127,6 +128,8 @@ void grad_features_typed(const Problem& problem) {
 
 void cpu_grad_features(const Problem& problem) {
   if (problem.channels == 0 || problem.batch == 0) return;
+  const bool wide = problem.dtype == Dtype::kFloat32 || problem.dtype == Dtype::kFloat64;
+  if (wide && is_points(problem)) return grad_features_of_points(problem);
   with_gradient_type(problem.dtype, [&](auto type) {
     grad_features_typed<typename decltype(type)::type>(problem);
   });

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/box_gradient.h"
 #include "cpu/plan.h"
 #include "half.h"
 #include "problem.h"
@@ -28,11 +29,6 @@ struct GradWork : Work<A> {
   int64_t image;
   int32_t first_row, end_row;
   A* plane;  // float sums of 16-bit gradients: [channels, rows, width], [rows, width, channels]
-};
-
-/// Sums of one box over some channels: d / d origin and d / d step of the y and the x axis.
-struct BoxGradient {
-  double origin[2], step[2];
 };
 
 template <class A>

@@ -148,6 +148,7 @@ class Planner {
     plan.direct = false;
     plan.column_mask = nullptr;
     plan.unread_count = 0;
+    plan.narrow = false;
     if (box.level < 0) return;
     const Level& level = problem_.level[box.level];
     if (level.height == 0 || level.width == 0) return;
@@ -160,6 +161,7 @@ class Planner {
     columns_.build(problem_.op, along_x);
     if (columns_.taps() == 0) return;
     plan.empty = false;
+    if (plan_narrow(level, plan)) return;
     choose_window(along_x.size, plan);
     const bool transpose = purpose_ != Purpose::kSample && !plan.direct;
     const bool nchw = problem_.layout == Layout::kNchw;
@@ -173,7 +175,7 @@ class Planner {
       plan.x = make_table(columns_.start.data(), 0, columns_.cells(), columns_.pixels.data(),
                           columns_.weight.data(), plan.first_column,
                           pad ? Padding::kZeroSlot : Padding::kNone, plan.vectors * lanes_, arena_);
-      if (pad && !(problem_.fill == 0)) list_unread(plan);
+      if (pad) list_unread(1, plan);
       if (purpose_ == Purpose::kGradBoxes) {
         add_slopes(rows_, plan.y);
         add_slopes(columns_, plan.x);
@@ -217,12 +219,146 @@ class Planner {
                   problem_.out_height > kMaxColumns;
   }
 
-  void list_unread(BoxPlan<A>& plan) {
-    auto* unread = arena_.template allocate<int32_t>(columns_.cells());
+  /// Lists the cells of a row that read nothing, each as `interleave` elements.
+  void list_unread(int32_t interleave, BoxPlan<A>& plan) {
+    if (problem_.fill == 0) return;
+    auto* unread = arena_.template allocate<int32_t>(int64_t{columns_.cells()} * interleave);
     for (int32_t cell = 0; cell < columns_.cells(); ++cell) {
-      if (columns_.start[cell] == columns_.start[cell + 1]) unread[plan.unread_count++] = cell;
+      if (columns_.start[cell] != columns_.start[cell + 1]) continue;
+      for (int32_t c = 0; c < interleave; ++c) {
+        unread[plan.unread_count++] = cell * interleave + c;
+      }
     }
     plan.unread = unread;
+  }
+
+  /// Plans a box for kernels that take cells for lanes, if that suits: channels fill less than half
+  /// a vector and lie apart (kNchw), or without gaps between pixels (kNhwc).
+  bool plan_narrow(const Level& level, BoxPlan<A>& plan) {
+    constexpr int64_t kMostScratch = int64_t{1} << 22;  // elements
+    const bool nchw = problem_.layout == Layout::kNchw;
+    if (2 * problem_.channels > lanes_) return false;
+    const auto interleave = static_cast<int32_t>(nchw ? 1 : problem_.channels);
+    if (!nchw && level.width > 1 && level.stride_w != problem_.channels) return false;
+    const int64_t columns = int64_t{columns_.high} - columns_.low + 1;
+    const int64_t padded = (columns * interleave + lanes_ - 1) / lanes_ * lanes_;
+    const int64_t rows = purpose_ == Purpose::kGradFeatures ? problem_.out_height : 4;
+    // Few cells of a wide window are better read one by one.
+    if (columns > 8 * int64_t{columns_.taps()} + 64 || padded * rows > kMostScratch ||
+        int64_t{problem_.out_width} * interleave > kMostScratch) {
+      return false;
+    }
+    const int64_t elements = int64_t{level.width} * interleave;
+    const int64_t first =
+        std::clamp<int64_t>(elements - padded, 0, int64_t{columns_.low} * interleave);
+    plan.narrow = true;
+    plan.slots = 0;
+    plan.first_column = static_cast<int32_t>(first);
+    plan.vectors = static_cast<int32_t>(padded / lanes_);
+    plan.last_valid =
+        static_cast<int32_t>(std::min<int64_t>(lanes_, elements - first - (padded - lanes_)));
+    if (purpose_ == Purpose::kGradFeatures) {
+      plan.y_transposed = transposed(rows_, false);
+      const int32_t pixels = columns_.high - columns_.low + 1;
+      sort_by_pixel(columns_, columns_.low, pixels);
+      plan.lanes = lane_table(start_.data(), pixels, cell_.data(), weight_.data(), nullptr, nullptr,
+                              interleave, columns_.low * interleave - plan.first_column, 0);
+      return true;
+    }
+    int32_t row = 0, end = rows_.cells();
+    while (rows_.start[row + 1] == rows_.start[row]) ++row;
+    while (rows_.start[end - 1] == rows_.start[end]) --end;
+    const bool slopes = purpose_ == Purpose::kGradBoxes;
+    // As where lanes are channels, so that a channel has the same bits alone and among many.
+    plan.y = make_table(rows_.start.data(), row, end, rows_.pixels.data(), rows_.weight.data(), 0,
+                        slopes ? Padding::kNone : Padding::kSplit, 0, arena_);
+    if (slopes) add_slopes(rows_, plan.y);
+    plan.lanes =
+        lane_table(columns_.start.data(), columns_.cells(), columns_.pixels.data(),
+                   columns_.weight.data(), slopes ? columns_.slope_origin.data() : nullptr,
+                   slopes ? columns_.slope_step.data() : nullptr, interleave, 0, plan.first_column);
+    list_unread(interleave, plan);
+    return true;
+  }
+
+  /// Rows start[i]..start[i + 1] as lanes. Each row becomes `interleave` lanes, and a tap at index
+  /// i one at i * interleave + lane - origin. `before` empty lanes come first.
+  LaneTable<A> lane_table(const int32_t* start, int32_t rows, const int32_t* index, const A* weight,
+                          const A* slope_origin, const A* slope_step, int32_t interleave,
+                          int32_t before, int32_t origin) {
+    const int32_t elements = before + rows * interleave;
+    const auto row_of = [&](int32_t element) {
+      return element < before || element >= elements ? -1 : (element - before) / interleave;
+    };
+    LaneTable<A> table;
+    table.blocks = (elements + lanes_ - 1) / lanes_;
+    auto* block_start = arena_.template allocate<int32_t>(table.blocks + 1);
+    auto* mask = arena_.template allocate<A>(int64_t{table.blocks} * lanes_);
+    std::memset(mask, 0, sizeof(A) * table.blocks * lanes_);
+    block_start[0] = 0;
+    for (int32_t block = 0; block < table.blocks; ++block) {
+      int32_t longest = 0;
+      for (int32_t lane = 0; lane < lanes_; ++lane) {
+        const int32_t row = row_of(block * lanes_ + lane);
+        if (row < 0 || start[row] == start[row + 1]) continue;
+        longest = std::max(longest, start[row + 1] - start[row]);
+        std::memset(mask + block * lanes_ + lane, 0xff, sizeof(A));
+      }
+      block_start[block + 1] = block_start[block] + longest;
+    }
+    const int64_t vectors = block_start[table.blocks];
+    auto* base = arena_.template allocate<int32_t>(vectors);
+    auto* kind = arena_.template allocate<uint8_t>(vectors);
+    auto* tap_mask = arena_.template allocate<A>(vectors * lanes_);
+    std::memset(tap_mask, 0, sizeof(A) * vectors * lanes_);
+    auto* lane_index = arena_.template allocate<int32_t>(vectors * lanes_);
+    A* numbers[3] = {};
+    const A* sources[3] = {weight, slope_origin, slope_step};
+    for (int32_t s = 0; s < 3; ++s) {
+      if (sources[s] != nullptr) numbers[s] = arena_.template allocate<A>(vectors * lanes_);
+    }
+    for (int32_t block = 0; block < table.blocks; ++block) {
+      for (int32_t v = block_start[block]; v < block_start[block + 1]; ++v) {
+        const int32_t tap = v - block_start[block];
+        int32_t low = 0, high = 0, found = 0;
+        for (int32_t lane = 0; lane < lanes_; ++lane) {
+          const int32_t element = block * lanes_ + lane;
+          const int32_t row = row_of(element);
+          const int64_t at = int64_t{v} * lanes_ + lane;
+          lane_index[at] = -1;
+          for (A* number : numbers) {
+            if (number != nullptr) number[at] = A(0);
+          }
+          if (row < 0 || tap >= start[row + 1] - start[row]) continue;
+          const int32_t own = start[row] + tap;
+          lane_index[at] = index[own] * interleave + (element - before) % interleave - origin;
+          for (int32_t s = 0; s < 3; ++s) {
+            if (numbers[s] != nullptr) numbers[s][at] = sources[s][own];
+          }
+          std::memset(tap_mask + at, 0xff, sizeof(A));
+          low = found == 0 ? lane_index[at] : std::min(low, lane_index[at]);
+          high = found == 0 ? lane_index[at] : std::max(high, lane_index[at]);
+          ++found;
+        }
+        base[v] = low;
+        kind[v] = (high - low >= 2 * lanes_ ? LaneTable<A>::kFar : 0) |
+                  (found < lanes_ ? LaneTable<A>::kPartial : 0);
+        for (int32_t lane = 0; lane < lanes_; ++lane) {
+          int32_t& i = lane_index[int64_t{v} * lanes_ + lane];
+          i = i < 0 ? 0 : i - low;
+        }
+      }
+    }
+    table.start = block_start;
+    table.base = base;
+    table.kind = kind;
+    table.tap_mask = tap_mask;
+    table.index = lane_index;
+    table.weight = numbers[0];
+    table.slope_origin = numbers[1];
+    table.slope_step = numbers[2];
+    table.row_mask = mask;
+    return table;
   }
 
   void add_slopes(const RowBuffer<A>& buffer, Table<A>& table) {
@@ -350,7 +486,9 @@ PlanSet<A>::PlanSet(const Problem& problem, Purpose purpose, int64_t first, int6
     }
     groups_.back().end = i + 1;
     if (plan.empty) continue;
-    if (!plan.direct) {
+    if (plan.narrow) {
+      max_narrow_vectors_ = std::max(max_narrow_vectors_, plan.vectors);
+    } else if (!plan.direct) {
       max_vectors_ = std::max(max_vectors_, plan.vectors);
       max_slots_ = std::max(max_slots_, plan.slots);
     }

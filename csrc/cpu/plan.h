@@ -40,6 +40,25 @@ struct Table {
   }
 };
 
+/// A sparse matrix whose rows are the lanes of vectors: block b holds rows b * lanes and on, and
+/// its taps come vector by vector. Rows of a block that have fewer taps than the longest are
+/// cleared in the vectors that they lack, so that they add nothing, not even a NaN.
+template <class A>
+struct LaneTable {
+  enum Kind : uint8_t { kFar = 1, kPartial = 2 };
+
+  int32_t blocks = 0;
+  const int32_t* start = nullptr;  // [blocks + 1] in vectors of taps
+  const uint8_t* kind = nullptr;   // of each vector: an index reaches two vectors; a tap is missing
+  const int32_t* base = nullptr;   // of each vector: the lowest index
+  const int32_t* index = nullptr;  // [lanes] of each: counted from the base
+  const A* weight = nullptr;
+  const A* slope_origin = nullptr;  // of grad_boxes only
+  const A* slope_step = nullptr;
+  const A* tap_mask = nullptr;  // [lanes] of each vector: all bits set where it has a tap
+  const A* row_mask = nullptr;  // [lanes] of each block: all bits set where a row has taps
+};
+
 /// Longest rows that are padded to one length, and that kernels are specialised for.
 constexpr int32_t kMaxUniform = 6;
 /// Wider windows and outputs are served cell by cell, so that scratch stays small.
@@ -53,9 +72,11 @@ struct BoxPlan {
   int32_t level;
   bool empty;   // reads nothing
   bool direct;  // serve cell by cell: few cells of a wide window, or too much for scratch
+  bool narrow;  // few channels: lanes are cells or columns; see Note [Cells in lanes] of apply.h
 
-  /// kNchw: the window, `vectors` vectors of pixels from first_column on, of which the last one
-  /// may read `last_valid` pixels before the row of the map ends.
+  /// kNchw and narrow (there in elements: columns of all channels that lie between): the window,
+  /// `vectors` vectors of pixels from first_column on, of which the last one may read `last_valid`
+  /// pixels before the row of the map ends.
   int32_t first_column, vectors, last_valid;
   /// kNhwc: transposed tables list the columns that are touched, and no others.
   int32_t slots;
@@ -66,8 +87,10 @@ struct BoxPlan {
   Table<A> y_transposed;  // touched row -> cells
   Table<A> x_transposed;  // column (kNchw: each of the window; kNhwc: slot) -> cells
   const A* column_mask;   // kNchw, grad_boxes: all bits set where a column is touched
-  const int32_t* unread;  // sample, kNchw: cells along x that read nothing, where the fill is not 0
+  const int32_t* unread;  // sample: cells along x that read nothing, where the fill is not 0
   int32_t unread_count;
+
+  LaneTable<A> lanes;  // narrow: of the cells (elements of a row of cells); grad_features: columns
 
   /// The numbers that take gradients of origin and step to the box edges.
   Axis<A> axis[2];
@@ -114,16 +137,18 @@ class PlanSet {
   /// in a group of level -1.
   const std::vector<const BoxPlan<A>*>& plans() const { return order_; }
   const std::vector<Group>& groups() const { return groups_; }
-  /// Over all plans that are neither empty nor direct.
+  /// Over all plans that are neither empty nor direct nor narrow.
   int32_t max_vectors() const { return max_vectors_; }
   int32_t max_slots() const { return max_slots_; }
+  /// Over all narrow plans; 0 where there is none.
+  int32_t max_narrow_vectors() const { return max_narrow_vectors_; }
 
  private:
   std::vector<BoxPlan<A>> boxes_;
   std::vector<Arena> arenas_;
   std::vector<const BoxPlan<A>*> order_;
   std::vector<Group> groups_;
-  int32_t max_vectors_ = 0, max_slots_ = 0;
+  int32_t max_vectors_ = 0, max_slots_ = 0, max_narrow_vectors_ = 0;
 };
 
 /// Boxes planned at a time: bounds the memory of tables, while a feature map is read from memory

@@ -6,6 +6,7 @@
 #include "cpu/dtypes.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/points.h"
 
 namespace glimpse {
 namespace {
@@ -52,6 +53,7 @@ void sample_typed(const Problem& problem) {
 
 void cpu_sample(const Problem& problem) {
   if (problem.channels == 0 || problem.out_height == 0 || problem.out_width == 0) return;
+  if (is_points(problem)) return sample_points(problem);
   with_feature_type(problem.dtype,
                     [&](auto type) { sample_typed<typename decltype(type)::type>(problem); });
 }

@@ -142,6 +142,38 @@ GLIMPSE_INLINE void store_part(float* to, Vector<float> v, int count) {
 }
 #endif
 
+/// from[index[lane]] of each lane, for indices below 2 * lanes; reads two vectors.
+template <class A>
+GLIMPSE_INLINE Vector<A> pick_near(const A* from, const int32_t* index) {
+  Vector<A> v;
+  for (int lane = 0; lane < kLanes<A>; ++lane) v[lane] = from[index[lane]];
+  return v;
+}
+#if GLIMPSE_VECTOR_BYTES == 64
+GLIMPSE_INLINE Vector<float> pick_near(const float* from, const int32_t* index) {
+  return _mm512_permutex2var_ps(load(from), load_bits<__m512i>(index), load(from + 16));
+}
+GLIMPSE_INLINE Vector<double> pick_near(const double* from, const int32_t* index) {
+  return _mm512_permutex2var_pd(
+      load(from), _mm512_maskz_cvtepi32_epi64(0xff, load_bits<__m256i>(index)), load(from + 8));
+}
+#elif GLIMPSE_VECTOR_BYTES == 32
+GLIMPSE_INLINE Vector<float> pick_near(const float* from, const int32_t* index) {
+  const __m256i lanes = load_bits<__m256i>(index);
+  const __m256 low = _mm256_permutevar8x32_ps(load(from), lanes);
+  const __m256 high = _mm256_permutevar8x32_ps(load(from + 8), lanes);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28)));
+}
+#endif
+
+/// As pick_near, for any index.
+template <class A>
+GLIMPSE_INLINE Vector<A> pick_far(const A* from, const int32_t* index) {
+  Vector<A> v;
+  for (int lane = 0; lane < kLanes<A>; ++lane) v[lane] = from[index[lane]];
+  return v;
+}
+
 /// Clears the lanes whose mask bits are 0. Not a product: 0 * NaN is NaN.
 template <class A>
 GLIMPSE_INLINE Vector<A> keep(Vector<A> v, const A* mask) {

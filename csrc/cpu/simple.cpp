@@ -3,10 +3,13 @@
 // The plain backend: for each output one sum over the taps of all samples, in double, serially.
 // It has no merged tables and no tricks, and is what the others are compared with.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cpu/backend.h"
 #include "cpu/dtypes.h"
+#include "cpu/frames.h"
+#include "noise.h"
 
 namespace glimpse {
 namespace {
@@ -197,10 +200,113 @@ void grad_boxes(const Problem& problem) {
 
 size_t no_workspace(const Problem&) { return 0; }
 
+int64_t image_offset(const GlimpseProblem& problem, int64_t n, int64_t c, int64_t y, int64_t x) {
+  return n * problem.stride_n + c * problem.stride_c + y * problem.stride_h + x * problem.stride_w;
+}
+
+int64_t glimpse_offset(const GlimpseProblem& problem, int64_t n, int64_t c, int64_t y, int64_t x) {
+  if (problem.layout == Layout::kNhwc) {
+    return ((n * problem.out_height + y) * problem.out_width + x) * problem.channels + c;
+  }
+  return ((n * problem.channels + c) * problem.out_height + y) * problem.out_width + x;
+}
+
+/// The sum of visit(pixel) over a plane in the order of noise.h.
+template <class T, class Visit>
+double ordered_sum(const GlimpseProblem& problem, int64_t n, int64_t c, const Visit& visit) {
+  double lanes[kStatisticsLanes] = {};
+  int64_t i = 0;
+  for (int64_t y = 0; y < problem.height; ++y) {
+    for (int64_t x = 0; x < problem.width; ++x) {
+      const T* image = static_cast<const T*>(problem.image);
+      lanes[i++ % kStatisticsLanes] +=
+          visit(static_cast<double>(load_value(image[image_offset(problem, n, c, y, x)])));
+    }
+  }
+  for (int32_t apart = kStatisticsLanes / 2; apart > 0; apart /= 2) {
+    for (int32_t lane = 0; lane < apart; ++lane) lanes[lane] += lanes[lane + apart];
+  }
+  return lanes[0];
+}
+
+template <class T>
+Statistics channel_statistics(const GlimpseProblem& problem, int64_t n, int64_t c) {
+  const double pixels = static_cast<double>(problem.height) * problem.width;
+  Range range = Range::none();
+  const double sum = ordered_sum<T>(problem, n, c, [&](double v) {
+    range.add(v, v);
+    return v;
+  });
+  Statistics statistics = range.statistics();
+  const double mean = sum / pixels;
+  statistics.mean = mean;
+  statistics.deviation = rounded_sqrt(
+      ordered_sum<T>(problem, n, c, [&](double v) { return (v - mean) * (v - mean); }) / pixels);
+  return statistics;
+}
+
+template <class T>
+T glimpse_noise(const GlimpseProblem& problem, int64_t n, int64_t c, int32_t i, int32_t j) {
+  const bool gaussian = problem.noise == Noise::kGaussian;
+  Statistics statistics = channel_statistics<T>(problem, n, c);
+  if (!gaussian) {
+    Range range = Range::none();
+    for (int64_t other = 0; other < problem.channels; ++other) {
+      const Statistics one = channel_statistics<T>(problem, n, other);
+      range.add(one.low, one.high);
+    }
+    statistics = range.statistics();
+  }
+  return noise_at<T>(gaussian, statistics, static_cast<uint64_t>(*problem.seed), n, c, i, j);
+}
+
+void copy_glimpse(const GlimpseProblem& problem) {
+  const auto* image = static_cast<const char*>(problem.image);
+  const int64_t bytes = problem.element_bytes;
+  for (int64_t n = 0; n < problem.batch; ++n) {
+    const GlimpseWindow window = glimpse_window(problem, n);
+    const auto inside = [](const GlimpseSpan& span, int32_t i) {
+      return i >= span.begin && i < span.end;
+    };
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      for (int32_t i = 0; i < problem.out_height; ++i) {
+        for (int32_t j = 0; j < problem.out_width; ++j) {
+          char* out =
+              static_cast<char*>(problem.output) + glimpse_offset(problem, n, c, i, j) * bytes;
+          if (inside(window.y, i) && inside(window.x, j)) {
+            std::memcpy(
+                out,
+                image + image_offset(problem, n, c, window.y.first + i, window.x.first + j) * bytes,
+                bytes);
+          } else if (problem.noise == Noise::kZero) {
+            std::memset(out, 0, bytes);
+          } else {
+            with_gradient_type(problem.dtype, [&](auto type) {
+              using T = typename decltype(type)::type;
+              *reinterpret_cast<T*>(out) = glimpse_noise<T>(problem, n, c, i, j);
+            });
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 const Backend& simple_backend() {
-  static const Backend backend = {"simple", true, no_workspace, sample, grad_features, grad_boxes};
+  static const Backend backend = {"simple",
+                                  true,
+                                  no_workspace,
+                                  sample,
+                                  grad_features,
+                                  grad_boxes,
+                                  simple_frames_sample,
+                                  simple_frames_maximum,
+                                  simple_frames_grad_features,
+                                  simple_frames_grad_boxes,
+                                  [](const GlimpseProblem&) -> size_t { return 0; },
+                                  copy_glimpse};
   return backend;
 }
 

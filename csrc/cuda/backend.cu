@@ -12,9 +12,18 @@ const Backend& emulated_backend() {
 const Backend& cuda_backend() {
   constexpr const char* kName = "cuda";
 #endif
-  static const Backend backend = {
-      kName,           false, cuda::grad_features_workspace, cuda::sample, cuda::grad_features,
-      cuda::grad_boxes};
+  static const Backend backend = {kName,
+                                  false,
+                                  cuda::grad_features_workspace,
+                                  cuda::sample,
+                                  cuda::grad_features,
+                                  cuda::grad_boxes,
+                                  cuda::frames_sample,
+                                  cuda::frames_maximum,
+                                  cuda::frames_grad_features,
+                                  cuda::frames_grad_boxes,
+                                  cuda::copy_glimpse_workspace,
+                                  cuda::copy_glimpse};
   return backend;
 }
 

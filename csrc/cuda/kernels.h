@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "frame_problem.h"
+#include "glimpse_problem.h"
 #include "problem.h"
 
 /// The launch layer: each function picks a kernel for the dtype, the layout and the sizes of a
@@ -13,7 +15,15 @@ void sample(const Problem& problem);
 void grad_features(const Problem& problem);
 void grad_boxes(const Problem& problem);
 
+void frames_sample(const FrameProblem& problem);
+void frames_maximum(const FrameProblem& problem);
+void frames_grad_features(const FrameProblem& problem);
+void frames_grad_boxes(const FrameProblem& problem);
+
 /// Bytes of problem.workspace that grad_features needs; depends on sizes only.
 size_t grad_features_workspace(const Problem& problem);
+
+void copy_glimpse(const GlimpseProblem& problem);
+size_t copy_glimpse_workspace(const GlimpseProblem& problem);
 
 }  // namespace glimpse::cuda

@@ -196,6 +196,40 @@ GLIMPSE_HD bool truncated_origin(T origin, int64_t* pixel) {
   return true;
 }
 
+/// An axis of one sample on each whole pixel from TensorFlow's integer origin on. `single`: the
+/// origin is rounded in float also where coordinates are double.
+template <class T>
+GLIMPSE_HD Axis<T> whole_glimpse_axis(T offset, const GlimpseRule& rule, bool single, int32_t size,
+                                      int32_t cells) {
+  using R = Rounded<T>;
+  int64_t pixel = 0;
+  const bool found =
+      single
+          ? truncated_origin(glimpse_origin(static_cast<float>(offset), rule, size, cells), &pixel)
+          : truncated_origin(glimpse_origin(offset, rule, size, cells), &pixel);
+  return detail::sampled_once(R(found ? static_cast<T>(pixel) : static_cast<T>(HUGE_VAL)), R(T(1)),
+                              T(0));
+}
+
+/// The part of a window of whole pixels that lies inside the image, along one axis: the cells
+/// begin <= i < end, of which cell i is pixel first + i.
+struct GlimpseSpan {
+  int64_t first;
+  int32_t begin, end;
+};
+
+template <class T>
+GLIMPSE_HD GlimpseSpan glimpse_span(T offset, const GlimpseRule& rule, int32_t size,
+                                    int32_t extent) {
+  int64_t first;
+  if (!truncated_origin(glimpse_origin(offset, rule, size, extent), &first)) return {0, 0, 0};
+  // Compared before anything is added, because the origin may have 63 bits.
+  if (first >= size || first <= -static_cast<int64_t>(extent)) return {0, 0, 0};
+  const int64_t rest = size - first;
+  return {first, first < 0 ? static_cast<int32_t>(-first) : 0,
+          rest < extent ? static_cast<int32_t>(rest) : extent};
+}
+
 /// Where the pixels of an image fall on a mask that is stretched over a box: the other way round,
 /// cells are pixels of the image and positions are indices of the mask. detectron2's
 /// paste_masks_in_image: (pixel + 1/2 - lo) / (hi - lo) * mask - 1/2. A box without width reads

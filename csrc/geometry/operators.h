@@ -92,13 +92,21 @@ struct Crop {
 };
 
 /// extract_glimpse with the fraction of its origin: one sample per pixel of the window, or the mean
-/// over scale x scale of them.
+/// over scale x scale of them. Or without it, as TensorFlow has it: one pixel per cell, which is
+/// what the derivatives of the copy are made of.
 /// Box: the offset y, x; where the scale is 0, a third number is the scale.
 struct Glimpse {
+  /// How the origin becomes whole: not at all, truncated, or truncated after float arithmetic.
+  enum Whole : int32_t { kFraction = 0, kTruncated = 1, kTruncatedSingle = 2, kWholes };
+
   GlimpseRule rule;
   int32_t scale;
+  int32_t whole;
 
-  GLIMPSE_HD Border border() const { return zeros_border(); }
+  // A whole position reads its own pixel only: no neighbour enters, not even with a weight of 0.
+  GLIMPSE_HD Border border() const {
+    return whole == kFraction ? zeros_border() : fill_border(false);
+  }
   GLIMPSE_HD int32_t box_columns() const { return scale > 0 ? 2 : 3; }
   GLIMPSE_HD Columns columns(int32_t direction) const {
     const int32_t lo = direction == kY ? 0 : 1;
@@ -109,6 +117,9 @@ struct Glimpse {
   template <class T>
   GLIMPSE_HD Axis<T> axis(T lo, T hi, T spatial_scale, int32_t size, int32_t cells) const {
     (void)spatial_scale;
+    if (whole != kFraction) {
+      return whole_glimpse_axis(lo, rule, whole == kTruncatedSingle, size, cells);
+    }
     const int32_t pixels = scale > 0 ? scale : ceil_to_count(hi);
     return glimpse_axis(lo, rule, pixels, size, cells);
   }

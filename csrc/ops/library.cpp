@@ -6,6 +6,7 @@
 
 #include "ops/checks.h"
 #include "ops/crop.h"
+#include "ops/frames.h"
 #include "ops/glimpse.h"
 #include "ops/roi_align.h"
 #include "ops/sample.h"
@@ -98,10 +99,17 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("crop", TORCH_BOX(&crop));
   m.impl("crop_and_resize", TORCH_BOX(&crop_and_resize));
   m.impl("point_sample", TORCH_BOX(&point_sample));
+  m.impl("extract_glimpse", TORCH_BOX(&extract_glimpse));
   m.impl("subpixel_glimpse", TORCH_BOX(&subpixel_glimpse));
   m.impl("_sample", TORCH_BOX(&sample_entry));
   m.impl("_sample_grad_features", TORCH_BOX(&sample_grad_features_entry));
   m.impl("_sample_grad_boxes", TORCH_BOX(&sample_grad_boxes_entry));
+  m.impl("roi_align_rotated", TORCH_BOX(&roi_align_rotated));
+  m.impl("roi_align_max", TORCH_BOX(&roi_align_max));
+  m.impl("_frames_sample", TORCH_BOX(&frames_sample));
+  m.impl("_frames_maximum", TORCH_BOX(&frames_maximum));
+  m.impl("_frames_grad_features", TORCH_BOX(&frames_grad_features));
+  m.impl("_frames_grad_boxes", TORCH_BOX(&frames_grad_boxes));
 }
 
 }  // namespace
@@ -117,6 +125,12 @@ STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CUDA, m) { register_kernels(m); }
 #define GLIMPSE_SAMPLING_SCHEMA                                                            \
   "Tensor boxes, Tensor? image_index, Tensor? levels, Tensor? tangent, int tangent_axes, " \
   "SymInt[] output_size, int op, float[] params, float[] scales, float[] level_rule, float fill"
+
+// The same for operators on frames (frame_problem.h): `tangent` makes every weight its derivative
+// along that motion, `chosen` takes one sample of a cell instead of their mean.
+#define GLIMPSE_FRAMES_SCHEMA                                                                  \
+  "Tensor boxes, Tensor? image_index, Tensor? tangent, Tensor? chosen, SymInt[] output_size, " \
+  "int[] params, float spatial_scale"
 
 STABLE_TORCH_LIBRARY(glimpse_ext, m) {
   m.def(
@@ -134,6 +148,9 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
       "SymInt width, bool align_corners, bool nearest, float extrapolation_value) -> Tensor");
   m.def("point_sample(Tensor input, Tensor points, bool align_corners) -> Tensor");
   m.def(
+      "extract_glimpse(Tensor input, Tensor offsets, Tensor? seed, SymInt height, SymInt width, "
+      "int version, bool centered, bool normalized, int noise) -> Tensor");
+  m.def(
       "subpixel_glimpse(Tensor input, Tensor offsets, SymInt height, SymInt width, int version, "
       "bool centered, bool normalized, int scale) -> Tensor");
   m.def("_sample(Tensor[] features, " GLIMPSE_SAMPLING_SCHEMA ") -> Tensor");
@@ -141,6 +158,20 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
         ", SymInt[] sizes, bool channels_last) -> Tensor[]");
   m.def("_sample_grad_boxes(Tensor[] features, Tensor grad, " GLIMPSE_SAMPLING_SCHEMA
         ") -> Tensor");
+  m.def(
+      "roi_align_rotated(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, "
+      "SymInt pooled_width, int sampling_ratio, bool aligned, bool clockwise, bool degrees) "
+      "-> Tensor");
+  m.def(
+      "roi_align_max(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, "
+      "SymInt pooled_width, int sampling_ratio, bool aligned) -> (Tensor output, Tensor samples)");
+  m.def("_frames_sample(Tensor input, " GLIMPSE_FRAMES_SCHEMA ") -> Tensor");
+  m.def(
+      "_frames_maximum(Tensor input, Tensor boxes, Tensor? image_index, SymInt[] output_size, "
+      "int[] params, float spatial_scale) -> (Tensor output, Tensor samples)");
+  m.def("_frames_grad_features(Tensor grad, " GLIMPSE_FRAMES_SCHEMA
+        ", SymInt[] sizes, bool channels_last) -> Tensor");
+  m.def("_frames_grad_boxes(Tensor input, Tensor grad, " GLIMPSE_FRAMES_SCHEMA ") -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CPU, m) { register_kernels(m); }

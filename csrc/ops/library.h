@@ -32,6 +32,9 @@ Tensor crop_and_resize(Tensor image, Tensor boxes, Tensor box_indices, int64_t h
 Tensor point_sample(Tensor input, Tensor points, bool align_corners);
 
 // glimpse.cpp
+Tensor extract_glimpse(Tensor input, Tensor offsets, std::optional<Tensor> seed, int64_t height,
+                       int64_t width, int64_t version, bool centered, bool normalized,
+                       int64_t noise);
 Tensor subpixel_glimpse(Tensor input, Tensor offsets, int64_t height, int64_t width,
                         int64_t version, bool centered, bool normalized, int64_t scale);
 

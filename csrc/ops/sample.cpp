@@ -11,24 +11,26 @@
 
 namespace glimpse::ops {
 
-using torch::headeronly::MemoryFormat;
-
-namespace {
-
-// The layout of a call is that of its first feature map. A map is read in place whenever the
-// stride that the layout wants to be 1 is 1; slices and crops of maps are therefore not copied.
 Layout layout_of(const Tensor& map) {
   if (map.is_contiguous()) return Layout::kNchw;
   return map.stride(1) == 1 && map.size(1) > 1 ? Layout::kNhwc : Layout::kNchw;
 }
 
+torch::headeronly::MemoryFormat memory_format(Layout layout) {
+  using torch::headeronly::MemoryFormat;
+  return layout == Layout::kNhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+Tensor converted(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor
+                                                                : torch::stable::to(tensor, type));
+}
+
+namespace {
+
 bool readable_as(const Tensor& map, Layout layout) {
   return layout == Layout::kNchw ? map.stride(3) == 1 || map.size(3) == 1
                                  : map.stride(1) == 1 || map.size(1) == 1;
-}
-
-MemoryFormat memory_format(Layout layout) {
-  return layout == Layout::kNhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
 Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout) {
@@ -38,11 +40,6 @@ Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType ty
 
 Tensor dense(const Tensor& tensor, Layout layout) {
   return torch::stable::contiguous(tensor, memory_format(layout));
-}
-
-Tensor converted(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor
-                                                                : torch::stable::to(tensor, type));
 }
 
 /// A Problem together with the tensors that keep its pointers alive.

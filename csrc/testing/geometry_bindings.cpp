@@ -53,7 +53,8 @@ Operator crop(const std::string& unit, bool align_corners, const std::string& ou
 }
 
 Operator glimpse_of(int32_t version, bool centered, bool normalized, int32_t scale) {
-  return Operator(Glimpse{{version, centered ? 1 : 0, normalized ? 1 : 0}, scale});
+  return Operator(
+      Glimpse{{version, centered ? 1 : 0, normalized ? 1 : 0}, scale, Glimpse::kFraction});
 }
 
 /// A merged row in vectors, as build_row() wants it.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Compiled to PTX by a test, never run: holds every rounding of the geometry and nothing else, so
 // that a fused multiply-add in the PTX means a position that differs from the host's by a bit.
+#include "frame_problem.h"
 #include "problem.h"
 
 namespace {
@@ -45,3 +46,28 @@ template __global__ void geometry_probe<float>(const __grid_constant__ glimpse::
                                                int32_t*);
 template __global__ void geometry_probe<double>(const __grid_constant__ glimpse::Problem, double*,
                                                 int32_t*);
+
+// Where the samples of a frame fall and which of them are looked at. Derivatives of positions are
+// sums like any other, and may be fused.
+template <class T>
+__global__ void frame_probe(const __grid_constant__ glimpse::FrameProblem problem, T* out,
+                            int32_t* samples) {
+  const glimpse::FrameBox<T> box = glimpse::read_frame<T>(problem, threadIdx.x);
+  if (!box.reads) return;
+  const glimpse::CellWindow window = glimpse::cell_window(box, 0, 1);
+  samples[0] = window.y.first;
+  samples[1] = window.y.end;
+  samples[2] = window.x.first;
+  samples[3] = window.x.end;
+  const T y = box.frame.axis[0].position(0, window.y.first);
+  const T x = box.frame.axis[1].position(1, window.x.first);
+  const glimpse::FrameTaps<T> taps =
+      glimpse::FrameTaps<T>::at(box.frame, y, x, problem.map.height, problem.map.width);
+  out[0] = taps.y.weight[0];
+  out[1] = taps.x.weight[1];
+}
+
+template __global__ void frame_probe<float>(const __grid_constant__ glimpse::FrameProblem, float*,
+                                            int32_t*);
+template __global__ void frame_probe<double>(const __grid_constant__ glimpse::FrameProblem, double*,
+                                             int32_t*);

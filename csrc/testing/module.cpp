@@ -5,9 +5,12 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/backend.h"
 #include "cuda/backend.h"
+#include "geometry/sincos.h"
+#include "noise.h"
 #include "testing/emulation_bindings.h"
 #include "testing/geometry_bindings.h"
 
@@ -37,6 +40,18 @@ PYBIND11_MODULE(_testing, m) {
   using namespace pybind11::literals;
   namespace testing = glimpse::testing;
 
+  m.def(
+      "sincos",
+      [](double angle, bool degrees) {
+        const glimpse::SinCos turned = glimpse::portable_sincos(angle, degrees);
+        return std::make_pair(turned.sine, turned.cosine);
+      },
+      "angle"_a, "degrees"_a);
+  m.def("normal_quantile", &glimpse::normal_quantile);
+  m.def("philox", [](uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+    const glimpse::RandomBits bits = glimpse::philox(seed, c0, c1, c2, c3);
+    return std::vector<uint32_t>(bits.word, bits.word + 4);
+  });
   m.def("use_backend", &testing::use_backend, "name"_a,
         "Runs the CPU operators on a backend (cpu, simple, emulated); returns the previous name.");
 
