@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "paste_problem.h"
 #include "problem.h"
 
 namespace glimpse {
@@ -25,6 +26,8 @@ struct Backend {
   void (*sample)(const Problem&);
   void (*grad_features)(const Problem&);
   void (*grad_boxes)(const Problem&);
+  /// Masks into images. The value has the derivatives of sample with the axes of the masks given.
+  void (*paste)(const PasteProblem&);
 };
 
 }  // namespace glimpse

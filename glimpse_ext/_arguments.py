@@ -66,21 +66,23 @@ def choose(name: str, argument: str, value: str, choices: Mapping[str, T]) -> T:
     return choices[value]
 
 
-def size_pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+def size_pair(
+    name: str, size: int | Sequence[int], argument: str = "output_size"
+) -> tuple[int, int]:
     """(height, width) from one number or two; symbolic sizes pass through."""
     if isinstance(size, (tuple, list, torch.Size)):
         if len(size) != 2:
             raise ValueError(
-                f"{name}: output_size must be an int or (height, width), got {len(size)} numbers"
+                f"{name}: {argument} must be an int or (height, width), got {len(size)} numbers"
             )
         height, width = size
     else:
         height = width = size
     for side in (height, width):
         if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
-            raise TypeError(f"{name}: output_size must be int, got {type(side).__name__}")
+            raise TypeError(f"{name}: {argument} must be int, got {type(side).__name__}")
         if isinstance(side, int) and side < 0:
-            raise ValueError(f"{name}: output_size must be zero or more, got {side}")
+            raise ValueError(f"{name}: {argument} must be zero or more, got {side}")
     return height, width
 
 

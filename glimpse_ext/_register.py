@@ -190,10 +190,27 @@ def _batch_grad_boxes(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]
     return got.unflatten(0, (size, boxes)), 0
 
 
-def register_sampler(name: str, bind: Bind) -> Callable[..., Tensor]:
+def batch_rows(op: Any) -> Callable[..., tuple[Tensor, int]]:
+    """The batching rule of an operator whose rows, those of its first two arguments and of its
+    result, do not see each other: rows of all examples are rows of one call."""
+
+    def batch(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        dims, size = _dims(args, in_dims), info.batch_size
+        first, second, *rest = args
+        rows = first.shape[0 if dims.get(id(first)) != 0 else 1]
+        out: Tensor = op(_flat(first, dims, size), _flat(second, dims, size), *rest)
+        return out.unflatten(0, (size, rows)), 0
+
+    return batch
+
+
+def register_sampler(
+    name: str, bind: Bind, batch: Callable[..., tuple[Tensor, int]] | None = None
+) -> Callable[..., Tensor]:
     """Gives a registered operator that samples its derivatives, fake kernel and batching rule.
 
     Returns the operator as public functions call it: the same numbers by the shortest way.
+    ``batch`` stands in for the batching rule where ``bind`` makes boxes that were no argument.
     """
     op = getattr(_ops, name).default
 
@@ -232,13 +249,13 @@ def register_sampler(name: str, bind: Bind) -> Callable[..., Tensor]:
         _check_fake(name, features, where)
         return _fake_pooled(features[0], where)
 
-    def batch(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    def batch_sample(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         features, where = bind(*args)
         return _batch_sample(features, where, _dims(args, in_dims), info.batch_size)
 
     _library_impl.impl(name, autograd_kernel, "Autograd", with_keyset=True)
     torch.library.register_fake(f"glimpse_ext::{name}", fake)
-    torch.library.register_vmap(f"glimpse_ext::{name}", batch)
+    torch.library.register_vmap(f"glimpse_ext::{name}", batch or batch_sample)
     return call
 
 

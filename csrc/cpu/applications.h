@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include "paste_problem.h"
 #include "problem.h"
 
 namespace glimpse {
@@ -10,5 +11,7 @@ namespace glimpse {
 void cpu_sample(const Problem& problem);
 void cpu_grad_features(const Problem& problem);
 void cpu_grad_boxes(const Problem& problem);
+
+void cpu_paste(const PasteProblem& problem);
 
 }  // namespace glimpse

@@ -72,7 +72,8 @@ const Backend& cpu_backend() {
                                   [](const Problem&) -> size_t { return 0; },
                                   cpu_sample,
                                   cpu_grad_features,
-                                  cpu_grad_boxes};
+                                  cpu_grad_boxes,
+                                  cpu_paste};
   return backend;
 }
 

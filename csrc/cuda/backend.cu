@@ -12,9 +12,13 @@ const Backend& emulated_backend() {
 const Backend& cuda_backend() {
   constexpr const char* kName = "cuda";
 #endif
-  static const Backend backend = {
-      kName,           false, cuda::grad_features_workspace, cuda::sample, cuda::grad_features,
-      cuda::grad_boxes};
+  static const Backend backend = {kName,
+                                  false,
+                                  cuda::grad_features_workspace,
+                                  cuda::sample,
+                                  cuda::grad_features,
+                                  cuda::grad_boxes,
+                                  cuda::paste};
   return backend;
 }
 

@@ -35,4 +35,9 @@ Tensor point_sample(Tensor input, Tensor points, bool align_corners);
 Tensor subpixel_glimpse(Tensor input, Tensor offsets, int64_t height, int64_t width,
                         int64_t version, bool centered, bool normalized, int64_t scale);
 
+// paste.cpp
+Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, bool snapped);
+Tensor paste_masks_threshold(Tensor masks, Tensor boxes, int64_t height, int64_t width,
+                             double threshold, bool snapped);
+
 }  // namespace glimpse::ops
