@@ -5,33 +5,19 @@
 //
 // A row of mask pixels is spread over the columns of the image once and serves all rows of the
 // image that lie between it and the next one; a row of the image is then a weighted sum of two
-// spread rows, which vectorises by itself.
+// spread rows.
 #include <algorithm>
-#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/applications.h"
 #include "cpu/dtypes.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "half.h"
 
 namespace glimpse {
 namespace {
-
-/// Two pixels with their weights. Of a single pixel each slot holds one half, so that nothing has
-/// to be asked, and nothing is read that does not count: it could be infinite.
-template <class A>
-struct Pair {
-  int32_t pixel[2];
-  A weight[2];
-
-  explicit Pair(const Taps<A>& taps) {
-    pixel[0] = taps.pixel[0];
-    pixel[1] = taps.count == 2 ? taps.pixel[1] : taps.pixel[0];
-    weight[0] = taps.count == 2 ? taps.weight[0] : taps.weight[0] / 2;
-    weight[1] = taps.count == 2 ? taps.weight[1] : weight[0];
-  }
-};
 
 /// Takes the cells from `line` that read nothing: a sample may lie on the first pixel outside.
 template <class A>
@@ -42,8 +28,23 @@ Cells reading_cells(const PasteLine<A>& line) {
   return cells;
 }
 
+/// Two pixels with their weights, as PasteColumns wants them.
+template <class A>
+struct Pair {
+  int32_t pixel[2];
+  A weight[2];
+
+  explicit Pair(const Taps<A>& taps) {
+    const bool two = taps.count == 2;
+    pixel[0] = taps.pixel[0];
+    pixel[1] = two ? taps.pixel[1] : taps.pixel[0];
+    weight[0] = two ? taps.weight[0] : taps.weight[0] / 2;
+    weight[1] = two ? taps.weight[1] : weight[0];
+  }
+};
+
 /// The rows of one mask, spread over the columns of the image that it reaches. The last two are
-/// kept: the rows of the image need them in order.
+/// kept: the rows of the image ask for them in order.
 template <class T>
 class SpreadRows {
  public:
@@ -52,51 +53,45 @@ class SpreadRows {
   void start(const PasteProblem& problem, int64_t k, const PasteLine<A>& line, Cells columns) {
     mask_ = static_cast<const T*>(problem.mask) + k * problem.stride_n;
     stride_h_ = problem.stride_h;
-    columns_.clear();
-    offsets_.clear();
-    for (int32_t x = columns.first; x < columns.end; ++x) {
-      columns_.emplace_back(line.taps(x));
-      Pair<A>& pair = columns_.back();
-      for (int64_t tap = 0; tap < 2; ++tap) offsets_.push_back(pair.pixel[tap] * problem.stride_w);
-    }
+    const auto count = static_cast<size_t>(columns.end - columns.first);
     for (int slot = 0; slot < 2; ++slot) {
-      pixel_[slot] = -1;
-      rows_[slot].resize(columns_.size());
+      pixel_[slot].resize(count);
+      weight_[slot].resize(count);
+      rows_[slot].resize(count);
+      held_[slot] = -1;
     }
+    for (size_t i = 0; i < count; ++i) {
+      const Pair<A> pair(line.taps(columns.first + static_cast<int32_t>(i)));
+      for (int slot = 0; slot < 2; ++slot) {
+        pixel_[slot][i] = pair.pixel[slot];
+        weight_[slot][i] = pair.weight[slot];
+      }
+    }
+    columns_ = {columns.end - columns.first,
+                {pixel_[0].data(), pixel_[1].data()},
+                {weight_[0].data(), weight_[1].data()},
+                problem.stride_w};
   }
 
   /// Row `pixel` of the mask. Stays valid until a row other than `pixel` and `other` is asked for.
   const A* row(int32_t pixel, int32_t other) {
     for (int slot = 0; slot < 2; ++slot) {
-      if (pixel_[slot] == pixel) return rows_[slot].data();
+      if (held_[slot] == pixel) return rows_[slot].data();
     }
-    const int slot = pixel_[0] == other ? 1 : 0;
-    pixel_[slot] = pixel;
-    const T* from = mask_ + pixel * stride_h_;
-    A* to = rows_[slot].data();
-    for (size_t x = 0; x < columns_.size(); ++x) {
-      to[x] = columns_[x].weight[0] * load_value(from[offsets_[2 * x]]) +
-              columns_[x].weight[1] * load_value(from[offsets_[2 * x + 1]]);
-    }
-    return to;
+    const int slot = held_[0] == other ? 1 : 0;
+    held_[slot] = pixel;
+    kernels<T>().paste_spread(mask_ + pixel * stride_h_, columns_, rows_[slot].data());
+    return rows_[slot].data();
   }
 
  private:
   const T* mask_ = nullptr;
   int64_t stride_h_ = 0;
-  std::vector<Pair<A>> columns_;
-  std::vector<int64_t> offsets_;
-  std::vector<A> rows_[2];
-  int32_t pixel_[2] = {-1, -1};
+  PasteColumns<A> columns_ = {};
+  std::vector<int32_t> pixel_[2];
+  std::vector<A> weight_[2], rows_[2];
+  int32_t held_[2] = {-1, -1};
 };
-
-template <class A, class Store, class Out>
-void blend_rows(const A* above, const A* below, A weight_above, A weight_below, int32_t count,
-                const Store& store, Out* to) {
-  for (int32_t x = 0; x < count; ++x) {
-    to[x] = store(weight_above * above[x] + weight_below * below[x]);
-  }
-}
 
 /// What a mask reaches, part `part` of `parts`, and the background around it.
 template <class T, class Out>
@@ -121,11 +116,17 @@ void paste_part(const PasteProblem& problem, int64_t k, int64_t part, int64_t pa
   if (first < end) spread.start(problem, k, along_x, columns);
   for (int32_t y = first; y < end; ++y) {
     const Pair<A> pair(along_y.taps(y));
-    const A* above = spread.row(pair.pixel[0], pair.pixel[1]);
-    const A* below = spread.row(pair.pixel[1], pair.pixel[0]);
+    const PasteRow<A> row = {{spread.row(pair.pixel[0], pair.pixel[1]),  // keeps the other one
+                              spread.row(pair.pixel[1], pair.pixel[0])},
+                             {pair.weight[0], pair.weight[1]},
+                             columns.end - columns.first};
     fill(y * width, y * width + columns.first);
-    blend_rows(above, below, pair.weight[0], pair.weight[1], columns.end - columns.first, store,
-               image + y * width + columns.first);
+    Out* to = image + y * width + columns.first;
+    if constexpr (std::is_same_v<Out, uint8_t>) {
+      kernels<T>().paste_bytes(row, store, to);
+    } else {
+      kernels<T>().paste_values(row, to);
+    }
     fill(y * width + columns.end, (y + 1) * width);
   }
   if (part == parts - 1) fill(end * width, problem.height * width);

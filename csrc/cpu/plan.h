@@ -51,8 +51,10 @@ struct BoxPlan {
   int64_t box;
   int64_t image;
   int32_t level;
-  bool empty;   // reads nothing
-  bool direct;  // serve cell by cell: few cells of a wide window, or too much for scratch
+  bool empty;  // reads nothing
+  /// Serve cell by cell: few cells of a wide window, one channel of many cells, or too much for
+  /// scratch.
+  bool direct;
 
   /// kNchw: the window, `vectors` vectors of pixels from first_column on, of which the last one
   /// may read `last_valid` pixels before the row of the map ends.

@@ -116,22 +116,15 @@ __device__ __forceinline__ void add_without_tables(const Problem& problem, int64
   const Level& level = problem.level[level_index];
   const PooledStrides strides(problem);
   const auto* grad = static_cast<const pooled_t<T>*>(problem.pooled) + k * strides.box;
-  // Most cells of an output with this many of them may be out of reach of the map.
-  const Cells rows =
-      cells_reaching(problem.op, along_y.axis, along_y.cells, 0, along_y.size - 1, along_y.size);
-  const Cells columns =
-      cells_reaching(problem.op, along_x.axis, along_x.cells, 0, along_x.size - 1, along_x.size);
-  const int64_t width = columns.end - columns.first;
-  const int64_t cells = (rows.end - rows.first) * width;
+  const int64_t cells = int64_t{along_y.cells} * along_x.cells;
   for (int64_t i = threadIdx.x; i < problem.channels * cells; i += blockDim.x) {
     const int64_t channel = i / cells;
-    const int64_t reached = i - channel * cells;
-    const auto cell_y = rows.first + static_cast<int32_t>(reached / width);
-    const auto cell_x = columns.first + static_cast<int32_t>(reached % width);
-    const int64_t cell = int64_t{cell_y} * along_x.cells + cell_x;
+    const int64_t cell = i - channel * cells;
     const Number g = load_value(grad[channel * strides.channel + cell * strides.cell]);
     const T* plane =
         static_cast<const T*>(level.data) + image * level.stride_n + channel * level.stride_c;
+    const auto cell_y = static_cast<int32_t>(cell / along_x.cells);
+    const auto cell_x = static_cast<int32_t>(cell - int64_t{cell_y} * along_x.cells);
     for_each_tap(
         problem.op, along_y.axis, cell_y, 0, along_y.size - 1, along_y.size,
         [&](int32_t y, Number weight_y, Number slope_y, Number progress_y) {
