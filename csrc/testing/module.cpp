@@ -119,6 +119,21 @@ int32_t assign_level_as(const std::vector<double>& box, const std::string& rule,
   return assign_level(level_rule, single.data());
 }
 
+template <class T>
+py::tuple paste_axis_as(double lo, double hi, int32_t mask, int32_t mask_width, bool snapped) {
+  const T grow = static_cast<T>((mask_width + 2.0) / mask_width);
+  const Axis<T> axis = snapped
+                           ? snapped_paste_axis(static_cast<T>(lo), static_cast<T>(hi), grow, mask)
+                           : paste_axis(static_cast<T>(lo), static_cast<T>(hi), mask);
+  return py::make_tuple(axis.origin, axis.step, axis.samples);
+}
+
+py::tuple paste_axis_of(double lo, double hi, int32_t mask, int32_t mask_width, bool snapped,
+                        const std::string& dtype) {
+  if (dtype == "float64") return paste_axis_as<double>(lo, hi, mask, mask_width, snapped);
+  return paste_axis_as<float>(lo, hi, mask, mask_width, snapped);
+}
+
 const Backend* find_backend(const std::string& name) {
   if (name == "cpu") return nullptr;  // the library's own
   if (name == "simple") return &simple_backend();
@@ -143,6 +158,8 @@ PYBIND11_MODULE(_testing, m) {
   m.def("assign_level", &testing::assign_level_as, "box"_a, "rule"_a, "canonical_size"_a,
         "canonical_level"_a, "scales"_a, "dtype"_a = "float32");
   m.def("log2", &glimpse::portable_log2);
+  m.def("paste_axis", &testing::paste_axis_of, "lo"_a, "hi"_a, "mask"_a, "mask_width"_a,
+        "snapped"_a, "dtype"_a = "float32", "(origin, step, samples) of one direction of a mask.");
   m.def("use_backend", &testing::use_backend, "name"_a,
         "Runs the CPU operators on a backend (cpu, simple, emulated); returns the previous name.");
 
