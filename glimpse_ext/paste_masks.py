@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -90,7 +89,8 @@ def _bind(
 ) -> tuple[Sequence[Tensor], Where]:
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise RuntimeError(
-            f"{_NAME}: boxes must be [N, 4] (x1, y1, x2, y2), got {list(boxes.shape)}"
+            f"{_NAME}: boxes must be [{masks.shape[0]}, 4] (x1, y1, x2, y2), one for each mask, "
+            f"got {list(boxes.shape)}"
         )
     if snapped and _follows(boxes):
         raise ValueError(
@@ -203,7 +203,7 @@ def paste_masks(
         pasted = _values(masks, boxes, height, width, snapped)
     else:
         threshold = float(threshold)
-        if math.isnan(threshold):
+        if threshold != threshold:
             raise ValueError(f"{_NAME}: threshold must be a number or None, got nan")
         pasted = _threshold(masks, boxes, height, width, threshold, snapped)
     return pasted.squeeze(1) if flat else pasted

@@ -404,7 +404,7 @@ def _paste_taps(position: Tensor, cells: Tensor, size: int) -> _AxisTaps:
 def _paste_axis(low: Tensor, high: Tensor, size: int, cells: int) -> _AxisTaps:
     """detectron2: (cell + 1/2 - low) / (high - low) of the mask, in index units."""
     cell = torch.arange(cells, device=low.device)
-    step = size / (high - low)
+    step = low.new_tensor(float(size)) / (high - low)
     origin = (0.5 - low) * step - 0.5
     return _paste_taps(origin + cell.to(low.dtype) * step, cell, size)
 
@@ -416,8 +416,8 @@ def _snapped_paste_axis(low: Tensor, high: Tensor, size: int, grow: float, cells
     """
     reach, centre = (high - low) * 0.5 * grow, (high + low) * 0.5
     ends = [(centre - reach).item(), (centre + reach).item()]
-    if not all(map(math.isfinite, ends)):
-        ends = [1.0, 0.0]
+    if not all(-(2**63) < end < 2**63 for end in ends):
+        ends = [1.0, 0.0]  # no whole pixels of 64 bits
     first, last = int(ends[0]), int(ends[1])
     begin, end = min(max(first, 0), cells), min(max(last + 1, 0), cells)
     cell = torch.arange(begin, max(begin, end), device=low.device)

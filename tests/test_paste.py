@@ -15,7 +15,17 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import random_tensor
-from conftest import CPU, CUDA, DEVICES, EMULATED, Tolerance, _testing, assert_within, compute_dtype
+from conftest import (
+    CPU,
+    CUDA,
+    DEVICES,
+    EMULATED,
+    TOLERANCES,
+    Tolerance,
+    _testing,
+    assert_within,
+    compute_dtype,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -83,6 +93,14 @@ def test_a_mask_of_the_size_of_its_box_is_copied(device, same_bits):
     expected = torch.zeros(1, *SIZE)
     expected[:, 3:7, 2:8] = mask
     same_bits(glimpse_ext.paste_masks(masks, boxes, SIZE, None).cpu(), expected)
+
+
+def test_a_full_mask_fills_its_box(device):
+    """Soft edges reach half a mask pixel out of the box, which is less than a pixel here."""
+    masks, boxes = on(device, torch.ones(1, 28, 28), torch.tensor([[2.0, 3.0, 6.0, 5.0]]))
+    expected = torch.zeros(1, *SIZE, dtype=torch.bool)
+    expected[0, 3:5, 2:6] = True
+    assert torch.equal(glimpse_ext.paste_masks(masks, boxes, SIZE).cpu(), expected)
 
 
 def test_a_reversed_box_mirrors_the_mask(device, close):
@@ -207,18 +225,14 @@ def test_threads_change_nothing(same_bits):
 def test_zero_pages_are_an_ordinary_result(device, same_bits):
     """A result of many pixels and small boxes can be written, kept and freed like any other."""
     boxes = torch.tensor([[100.5, 50.0, 140.0, 99.5], [3.0, 600.0, 60.0, 640.0]])
-    masks, boxes = on(device, masks_of(boxes, (7, 7), F32), boxes)
-    if device is EMULATED:
-        masks, boxes = masks[:1], boxes[:1]
+    masks = masks_of(boxes, (7, 7), F32)
     for threshold in (0.5, -1.0, None):
-        pasted = glimpse_ext.paste_masks(masks, boxes, (1000, 1100), threshold)
-        expected = glimpse_ext.paste_masks(
-            masks, boxes - boxes.new_tensor([0, 40, 0, 40]), (1000, 1100), threshold
-        )
-        same_bits(pasted[0, 40:], expected[0, :-40], f"{threshold}")
-        pasted.zero_()
-        assert not pasted.any()
-        assert not pasted.clone().any()
+        pasted = glimpse_ext.paste_masks(*on(device, masks, boxes), (1000, 600), threshold)
+        same_bits(pasted.cpu(), on_simple(masks, boxes, (1000, 600), threshold), f"{threshold}")
+        kept = pasted[1, 600:640].clone()
+        pasted[0].zero_()
+        assert not pasted[0].any()
+        assert torch.equal(pasted[1, 600:640], kept)
 
 
 # -------------------------------------------------------------------------- equals the reference
@@ -234,7 +248,14 @@ def test_equals_reference(name, method, device, dtype, close):
         expected = reference.paste_masks(masks, boxes, SIZE, None, method, dtype=wide)
         pasted = glimpse_ext.paste_masks(*on(device, masks, boxes), SIZE, None, method)
         assert pasted.dtype == dtype
-        close(pasted, expected, detail=f"{shape}")
+        if method == "torchvision":
+            # The reference computes places in the order of the original.
+            base = TOLERANCES["forward"][dtype]
+            places = 1e-5 if wide == F32 else 1e-12
+            tolerance = Tolerance(base.absolute + places, base.relative, "another order of places")
+            assert_within(pasted, expected, tolerance, f"{name} {shape}")
+        else:
+            close(pasted, expected, detail=f"{shape}")
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.bool, torch.int64], ids=str)
@@ -261,7 +282,7 @@ def test_thresholds_and_bytes(device):
     assert got.dtype == torch.uint8
     scaled = values * 255
     far = (scaled - scaled.round()).abs() > 1e-6
-    assert far.float().mean() > 0.4
+    assert (far & (values > 0.01) & (values < 1)).sum() > 100
     assert torch.equal(got[far], scaled.clamp(0, 255).to(torch.uint8)[far])
     assert got.max() == 255
 
@@ -290,7 +311,7 @@ SMOOTH = torch.tensor([[0.83, 1.07, 4.31, 5.19], [-1.57, 2.21, 6.53, 3.59]], dty
 
 
 def smooth_inputs(device):
-    masks, boxes = on(device, masks_of(SMOOTH, (3, 2)), SMOOTH)
+    masks, boxes = on(device, masks_of(SMOOTH, (3, 2)), SMOOTH.clone())
     return masks, boxes
 
 
@@ -613,7 +634,8 @@ class Stored:
     def __getitem__(self, field):
         array = golden()[1].get(f"c{self.index}_{field}")
         if array is None:
-            assert f"{field}_error" in golden()[0][self.index]
+            error = "tv_error" if field == "tv_float" else f"{field}_error"
+            assert error in golden()[0][self.index]
             return None
         if "bool" in field or "near" in field:
             shape = (len(self["masks"]), *self.size)
