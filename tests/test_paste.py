@@ -28,7 +28,6 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import jacfwd, jacrev, vmap
 
 import glimpse_ext
@@ -551,44 +550,7 @@ def test_errors(name, threshold):
         glimpse_ext.paste_masks(*arguments)
 
 
-def op_samples(device):
-    masks, boxes = on(device, masks_of(SMOOTH, (3, 2))[:, None], SMOOTH)
-
-    def grads(t):
-        return t.detach().clone().requires_grad_()
-
-    return {
-        "values": (ops.paste_masks.default, (masks, boxes, 5, 6, False)),
-        "gradients": (ops.paste_masks.default, (grads(masks), grads(boxes), 5, 6, False)),
-        "snapped": (ops.paste_masks.default, (grads(masks), boxes, 5, 6, True)),
-        "uint8": (ops.paste_masks.default, (masks.byte(), boxes, 5, 6, False)),
-        "bool": (ops.paste_masks.default, (masks > 0.5, grads(boxes), 5, 6, False)),
-        "half": (ops.paste_masks.default, (masks.half(), boxes.float(), 5, 6, False)),
-        "none": (ops.paste_masks.default, (masks[:0], boxes[:0], 5, 6, False)),
-        "threshold": (ops.paste_masks_threshold.default, (masks, boxes, 5, 6, 0.5, False)),
-        "bytes": (ops.paste_masks_threshold.default, (masks, boxes, 5, 6, -1.0, True)),
-    }
-
-
 REAL_DEVICES = [d for d in DEVICES if d in (CPU, CUDA)]
-
-
-@pytest.mark.parametrize("device", REAL_DEVICES, ids=str)
-@pytest.mark.parametrize("name", op_samples(CPU))
-def test_opcheck(name, device):
-    op, arguments = op_samples(device)[name]
-    result = torch.library.opcheck(op, arguments)
-    assert set(result.values()) == {"SUCCESS"}, result
-
-
-@pytest.mark.parametrize("device", REAL_DEVICES, ids=str)
-def test_fake_shapes(device):
-    masks, boxes = on(device, torch.ones(2, 7, 7), torch.ones(2, 4))
-    with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(t) for t in (masks, boxes)]
-        for threshold, dtype in ((None, F32), (0.5, torch.bool), (-1.0, torch.uint8)):
-            out = glimpse_ext.paste_masks(*fake, SIZE, threshold)
-            assert (out.shape, out.dtype) == ((2, *SIZE), dtype)
 
 
 @pytest.mark.parametrize("device", REAL_DEVICES, ids=str)
