@@ -46,30 +46,39 @@ GLIMPSE_HD Operator paste_operator() { return Operator(GivenAxes{}); }
 template <class T>
 struct PasteLine {
   Axis<T> axis;
-  int32_t size;  // mask pixels
-  Cells cells;   // pixels of the image that the mask may reach; all others are background
+  int32_t anchor;  // the pixel of the image that is cell 0 of the axis
+  int32_t size;    // mask pixels
+  Cells pixels;    // of the image that the mask may reach; all others are background
 
-  /// Along `direction` of mask k. The cells are found with the positions themselves, so that every
+  /// Along `direction` of mask k. The pixels are found with the positions themselves, so that every
   /// device finds the same.
   GLIMPSE_HD static PasteLine of(const PasteProblem& problem, int64_t k, int32_t direction) {
+    using R = Rounded<T>;
     const T* box = static_cast<const T*>(problem.box) + 4 * k;
     const T lo = box[direction == kY ? 1 : 0], hi = box[direction == kY ? 3 : 2];
+    const int32_t extent = direction == kY ? problem.height : problem.width;
     PasteLine line;
     line.size = direction == kY ? problem.mask_height : problem.mask_width;
-    line.axis = problem.snapped
-                    ? snapped_paste_axis(lo, hi, static_cast<T>(problem.grow), line.size)
-                    : paste_axis(lo, hi, line.size);
-    line.cells = {0, 0};
+    if (problem.snapped) {
+      line.anchor = 0;
+      line.axis = snapped_paste_axis(lo, hi, static_cast<T>(problem.grow), line.size);
+    } else {
+      line.anchor = paste_anchor(lo, extent);
+      const R start(line.anchor);
+      line.axis = paste_axis((R(lo) - start).value, (R(hi) - start).value, line.size);
+    }
+    line.pixels = {0, 0};
     if (line.axis.samples > 0) {
-      line.cells = cells_reaching(paste_operator(), line.axis,
-                                  direction == kY ? problem.height : problem.width, 0,
-                                  line.size - 1, line.size);
+      const Cells cells =
+          cells_reaching(paste_operator(), line.axis, {-line.anchor, extent - line.anchor}, 0,
+                         line.size - 1, line.size);
+      line.pixels = {cells.first + line.anchor, cells.end + line.anchor};
     }
     return line;
   }
 
-  GLIMPSE_HD Taps<T> taps(int32_t cell) const {
-    return zeros_border().taps(axis.position(cell, 0), size);
+  GLIMPSE_HD Taps<T> taps(int32_t pixel) const {
+    return zeros_border().taps(axis.position(pixel - anchor, 0), size);
   }
 };
 

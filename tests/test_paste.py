@@ -237,33 +237,48 @@ def test_zero_pages_are_an_ordinary_result(device, same_bits):
 # -------------------------------------------------------------------------- equals the reference
 
 
+def near_values(actual, expected, label):
+    """Places are rounded too: by a few units in the last place of a number of mask pixels."""
+    base = TOLERANCES["forward"][actual.dtype]
+    places = 1e-12 if actual.dtype == F64 else 1e-5
+    tolerance = Tolerance(base.absolute + places, base.relative, "rounded places on the mask")
+    assert_within(actual, expected, tolerance, label)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", BOXES)
-def test_equals_reference(name, method, device, dtype, close):
+def test_equals_reference(name, method, device, dtype):
+    # A box is snapped by its last bit, so the reference snaps in the same precision.
     wide = compute_dtype(dtype)
     boxes = boxes_of(name, wide)
     for shape in MASKS:
         masks = masks_of(boxes, shape, dtype)
-        expected = reference.paste_masks(masks, boxes, SIZE, None, method, dtype=wide)
+        expected = reference.paste_masks(
+            masks, boxes, SIZE, None, method, dtype=wide if method == "torchvision" else F64
+        )
         pasted = glimpse_ext.paste_masks(*on(device, masks, boxes), SIZE, None, method)
         assert pasted.dtype == dtype
-        if method == "torchvision":
-            # The reference computes places in the order of the original.
-            base = TOLERANCES["forward"][dtype]
-            places = 1e-5 if wide == F32 else 1e-12
-            tolerance = Tolerance(base.absolute + places, base.relative, "another order of places")
-            assert_within(pasted, expected, tolerance, f"{name} {shape}")
-        else:
-            close(pasted, expected, detail=f"{shape}")
+        near_values(pasted, expected, f"{name} {shape} {method} {device}")
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.bool, torch.int64], ids=str)
-def test_integers_are_numbers(kind, device, close):
+def test_integers_are_numbers(kind, device):
     boxes = boxes_of("partial", F32)
     masks = masks_of(boxes, (5, 3), torch.uint8).to(kind)
     pasted = glimpse_ext.paste_masks(*on(device, masks, boxes), SIZE, None)
     assert pasted.dtype == F32
-    close(pasted, reference.paste_masks(masks, boxes, SIZE, None, dtype=F32))
+    near_values(pasted, reference.paste_masks(masks, boxes, SIZE, None), f"{kind} {device}")
+
+
+def test_places_are_as_good_far_from_the_origin(device):
+    """In float32 a box at pixel 30000 is read as exactly as one at pixel 0."""
+    near = torch.tensor([[3.25, 0.5, 40.75, 4.75], [44.0, 4.5, 1.5, 0.25]])
+    masks, boxes = on(device, masks_of(near, (3, 28), F32), near)
+    shift = torch.tensor([30000.0, 0.0, 30000.0, 0.0], device=device.torch)
+    moved = glimpse_ext.paste_masks(masks, boxes + shift, (5, 30050), None)
+    expected = reference.paste_masks(masks.cpu(), near, (5, 50), None)
+    near_values(moved[:, :, 30000:], expected, f"{device}")
+    assert not moved[:, :, :29990].any()
 
 
 def test_thresholds_and_bytes(device):

@@ -22,7 +22,7 @@ namespace {
 /// Takes the cells from `line` that read nothing: a sample may lie on the first pixel outside.
 template <class A>
 Cells reading_cells(const PasteLine<A>& line) {
-  Cells cells = line.cells;
+  Cells cells = line.pixels;
   while (cells.first < cells.end && line.taps(cells.first).count == 0) ++cells.first;
   while (cells.first < cells.end && line.taps(cells.end - 1).count == 0) --cells.end;
   return cells;

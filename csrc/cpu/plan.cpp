@@ -30,7 +30,7 @@ class RowBuffer {
     constexpr int32_t kFew = 64;
     Cells reached = {0, line.cells};
     if (line.cells > kFew && line.axis.samples > 0) {
-      reached = cells_reaching(op, line.axis, line.cells, 0, line.size - 1, line.size);
+      reached = cells_reaching(op, line.axis, reached, 0, line.size - 1, line.size);
     }
     start.assign(static_cast<size_t>(reached.first) + 1, 0);
     for (int32_t cell = reached.first; cell < reached.end; ++cell) {

@@ -543,7 +543,8 @@ constexpr size_t fixed_shared_bytes() {
 template <class Number>
 __device__ __forceinline__ Cells cells_reaching(const Operator& op, const BoxAxis<Number>& line,
                                                 int32_t first_pixel, int32_t last_pixel) {
-  return glimpse::cells_reaching(op, line.axis, line.cells, first_pixel, last_pixel, line.size);
+  return glimpse::cells_reaching(op, line.axis, {0, line.cells}, first_pixel, last_pixel,
+                                 line.size);
 }
 
 /// The visit of box k where not all of its cells are held: those that reach the tile, some rows at

@@ -39,7 +39,7 @@ __device__ __forceinline__ void paste_cells(const PasteProblem& problem,
                                             int32_t column, Out (&out)[kPasteCells<Out>]) {
   using Number = acc_t<T>;
   const Out background = store(Number(0));
-  const Cells rows = window.line[kY].cells, columns = window.line[kX].cells;
+  const Cells rows = window.line[kY].pixels, columns = window.line[kX].pixels;
   GLIMPSE_UNROLL
   for (int32_t i = 0; i < kPasteCells<Out>; ++i) out[i] = background;
   const bool one_row = problem.width - column >= kPasteCells<Out>;

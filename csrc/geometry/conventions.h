@@ -212,6 +212,14 @@ GLIMPSE_HD Axis<T> paste_axis(T lo, T hi, int32_t mask) {
   return detail::sampled_once(origin, step, T(0));
 }
 
+/// The pixel from which paste_axis best counts cells: the one that holds `lo`, if the image has it.
+/// Edges less this pixel make an axis whose positions are small numbers near the box, and so lose
+/// nothing to the box being far from pixel 0.
+template <class T>
+GLIMPSE_HD int32_t paste_anchor(T lo, int32_t pixels) {
+  return lo > T(0) && lo < static_cast<T>(pixels) ? static_cast<int32_t>(lo) : 0;
+}
+
 /// torchvision's paste_masks_in_image: the mask gets a border of one zero, the box grows with it
 /// about its centre by `grow` = (mask + 2) / mask, and its edges are truncated to whole pixels lo
 /// to hi, both of which are covered. A box that ends before it starts reads nothing.

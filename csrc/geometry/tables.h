@@ -172,10 +172,11 @@ struct alignas(8) Cells {
   int32_t first, end;
 };
 
-/// The cells of an axis that can touch the pixels first_pixel .. last_pixel, and maybe some more.
-/// Positions are monotone, so the cells before and behind them are found by bisection.
+/// The cells of an axis, among `cells`, that can touch the pixels first_pixel .. last_pixel, and
+/// maybe some more. Positions are monotone, so the cells before and behind them are found by
+/// bisection.
 template <class T>
-GLIMPSE_HD Cells cells_reaching(const Operator& op, const Axis<T>& axis, int32_t cells,
+GLIMPSE_HD Cells cells_reaching(const Operator& op, const Axis<T>& axis, Cells cells,
                                 int32_t first_pixel, int32_t last_pixel, int32_t size) {
   const T low = op.reach_low<T>(first_pixel);
   const T high = op.reach_high<T>(last_pixel, size);
@@ -184,7 +185,7 @@ GLIMPSE_HD Cells cells_reaching(const Operator& op, const Axis<T>& axis, int32_t
   for (int32_t side = 0; side < 2; ++side) {
     // Of each cell, the sample that is the last to leave on this side.
     const int32_t sample = side == 0 ? axis.samples - 1 : 0;
-    int32_t begin = side == 0 ? 0 : reached.first, end = cells;
+    int32_t begin = side == 0 ? cells.first : reached.first, end = cells.end;
     while (begin < end) {
       const int32_t middle = begin + (end - begin) / 2;
       const T position = axis.position(middle, sample);

@@ -41,7 +41,7 @@ template <class T>
 int64_t reached_rows(const PasteProblem& problem) {
   int64_t rows = 0;
   for (int64_t k = 0; k < problem.masks; ++k) {
-    const Cells cells = PasteLine<T>::of(problem, k, kY).cells;
+    const Cells cells = PasteLine<T>::of(problem, k, kY).pixels;
     rows += cells.end - cells.first;
   }
   return rows;
