@@ -5,6 +5,7 @@
 
 #include "frame_problem.h"
 #include "glimpse_problem.h"
+#include "paste_problem.h"
 #include "problem.h"
 
 namespace glimpse {
@@ -37,6 +38,8 @@ struct Backend {
   /// Windows of whole pixels, copied; not an application of tables: Note [Why glimpses are copied].
   size_t (*copy_glimpse_workspace)(const GlimpseProblem&);
   void (*copy_glimpse)(const GlimpseProblem&);
+  /// Masks into images. The value has the derivatives of sample with the axes of the masks given.
+  void (*paste)(const PasteProblem&);
 };
 
 }  // namespace glimpse

@@ -6,6 +6,7 @@ from ._arguments import set_check_indices
 from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
 from .extract_glimpse import extract_glimpse
+from .paste_masks import paste_masks
 from .roi_align import multiscale_roi_align, roi_align
 from .roi_align_rotated import roi_align_rotated
 
@@ -16,6 +17,7 @@ __all__ = [
     "extract_glimpse",
     "multiscale_roi_align",
     "nn",
+    "paste_masks",
     "point_sample",
     "reference",
     "roi_align",

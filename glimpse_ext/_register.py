@@ -190,16 +190,30 @@ def _batch_grad_boxes(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]
     return got.unflatten(0, (size, boxes)), 0
 
 
+def batch_rows(op: Any) -> Callable[..., tuple[Tensor, int]]:
+    """The batching rule of an operator whose rows, those of its first two arguments and of its
+    result, do not see each other: rows of all examples are rows of one call."""
+
+    def batch(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        dims, size = _dims(args, in_dims), info.batch_size
+        first, second, *rest = args
+        rows = first.shape[0 if dims.get(id(first)) != 0 else 1]
+        out: Tensor = op(_flat(first, dims, size), _flat(second, dims, size), *rest)
+        return out.unflatten(0, (size, rows)), 0
+
+    return batch
+
+
 def register_sampler(
     name: str,
     bind: Bind,
     transform: Callable[[Any, Where, Sequence[Any]], Tensor] | None = None,
-    batch_copies: Callable[..., tuple[Tensor, int]] | None = None,
+    batch: Callable[..., tuple[Tensor, int]] | None = None,
 ) -> Callable[..., Tensor]:
     """Gives a registered operator that samples its derivatives, fake kernel and batching rule.
 
     An operator whose values are not those of the tables but whose derivatives are says how it is
-    called inside torch.func (``transform``) and batched (``batch_copies``).
+    called inside torch.func (``transform``). ``batch`` stands in for the batching rule.
 
     Returns the operator as public functions call it: the same numbers by the shortest way.
     """
@@ -240,13 +254,13 @@ def register_sampler(
         _check_fake(name, features, where)
         return _fake_pooled(features[0], where, transform is not None)
 
-    def batch(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    def batch_sample(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         features, where = bind(*args)
         return _batch_sample(features, where, _dims(args, in_dims), info.batch_size)
 
     _library_impl.impl(name, autograd_kernel, "Autograd", with_keyset=True)
     torch.library.register_fake(f"glimpse_ext::{name}", fake)
-    torch.library.register_vmap(f"glimpse_ext::{name}", batch_copies or batch)
+    torch.library.register_vmap(f"glimpse_ext::{name}", batch or batch_sample)
     return call
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "crop_and_resize",
     "extract_glimpse",
     "multiscale_roi_align",
+    "paste_masks",
     "point_sample",
     "roi_align",
     "roi_align_rotated",
@@ -1023,3 +1024,98 @@ def extract_glimpse(
     if not images:
         return input.new_zeros(0, len(scales) * input.shape[1], height, width)
     return torch.stack(images)
+
+
+def _paste_taps(position: Tensor, cells: Tensor, size: int) -> _AxisTaps:
+    """Taps of one sample in each of ``cells`` on a mask of ``size`` pixels with zeros around it."""
+    # A comparison with NaN is false, so NaN and infinite positions meet no pixel.
+    inside = (position >= -1) & (position < size)
+    position, cells = position[inside], cells[inside]
+    left = torch.floor(position.detach())
+    fraction = position - left
+    pixel = torch.cat([left, left + 1]).to(torch.int64)
+    weight = torch.cat([1 - fraction, fraction])
+    there = (pixel >= 0) & (pixel < size)
+    return _AxisTaps(torch.cat([cells, cells])[there], pixel[there], weight[there])
+
+
+def _paste_axis(low: Tensor, high: Tensor, size: int, cells: int) -> _AxisTaps:
+    """detectron2: (cell + 1/2 - low) / (high - low) of the mask, in index units."""
+    cell = torch.arange(cells, device=low.device)
+    step = low.new_tensor(float(size)) / (high - low)
+    origin = (0.5 - low) * step - 0.5
+    return _paste_taps(origin + cell.to(low.dtype) * step, cell, size)
+
+
+def _snapped_paste_axis(low: Tensor, high: Tensor, size: int, grow: float, cells: int) -> _AxisTaps:
+    """torchvision: the mask with a border of one zero, resized to the whole pixels of a grown box.
+
+    ``resize`` holds samples before the first pixel there; that pixel is one of the zeros.
+    """
+    reach, centre = (high - low) * 0.5 * grow, (high + low) * 0.5
+    ends = [(centre - reach).item(), (centre + reach).item()]
+    if not all(-(2**63) < end < 2**63 for end in ends):
+        ends = [1.0, 0.0]  # no whole pixels of 64 bits
+    first, last = int(ends[0]), int(ends[1])
+    begin, end = min(max(first, 0), cells), min(max(last + 1, 0), cells)
+    cell = torch.arange(begin, max(begin, end), device=low.device)
+    width = last - first + 1
+    source = (cell.to(low.dtype) + (0.5 - first)) * ((size + 2) / max(width, 1)) - 0.5
+    return _paste_taps(source.clamp(min=0) - 1, cell, size)
+
+
+def paste_masks(
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: Sequence[int],
+    threshold: float | None = 0.5,
+    method: str = "detectron2",
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Masks of boxes as masks of the image, in plain PyTorch.
+
+    Args:
+        masks: ``[N, Mh, Mw]`` or ``[N, 1, Mh, Mw]``.
+        boxes: ``[N, 4]`` of x1, y1, x2, y2 in edge units: pixel k covers k to k + 1.
+        image_size: height and width of the image.
+        threshold: zero or more gives ``value >= threshold``; below zero, bytes ``255 * value``;
+            None, values.
+        method: ``"detectron2"``: every pixel of the image is a sample of the mask, with zeros
+            outside. ``"torchvision"``: boxes are snapped to whole pixels first.
+        dtype: values are computed, and with ``threshold=None`` returned, in this dtype.
+
+    Returns:
+        ``[N, H, W]``, or ``[N, 1, H, W]`` where masks have that dimension.
+
+    Gradients:
+        Of values to masks, and by ``"detectron2"`` to boxes, of every order.
+
+    Example:
+        >>> mask = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]])
+        >>> paste_masks(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4)).int().tolist()
+        [[[0, 0, 1, 0], [0, 1, 0, 0]]]
+    """
+    if method not in ("detectron2", "torchvision"):
+        raise ValueError(f'method must be "detectron2" or "torchvision", got {method!r}')
+    height, width = image_size
+    rows, columns = masks.shape[-2:]
+    pasted = [masks.new_zeros(0, height, width, dtype=dtype)]
+    stack = masks.reshape(-1, 1, rows, columns).to(dtype)
+    for mask, (x1, y1, x2, y2) in zip(stack, boxes.to(dtype), strict=True):
+        if method == "torchvision":
+            grow = (columns + 2) / columns
+            along_y = _snapped_paste_axis(y1, y2, rows, grow, height)
+            along_x = _snapped_paste_axis(x1, x2, columns, grow, width)
+        else:
+            along_y = _paste_axis(y1, y2, rows, height)
+            along_x = _paste_axis(x1, x2, columns, width)
+        pasted.append(_pool(mask, along_y, along_x, height, width))
+    values = torch.cat(pasted)
+    if masks.ndim == 4:
+        values = values[:, None]
+    if threshold is None:
+        return values
+    if threshold >= 0:
+        return values >= threshold
+    return (values * 255).nan_to_num(nan=0.0).clamp(0, 255).to(torch.uint8)

@@ -19,6 +19,7 @@ _COLUMNS = BoxColumns(4, y=(1, 3), x=(0, 2))
 COLUMNS[_KIND] = lambda params: _COLUMNS
 
 _ASSIGN = {"torchvision": 0, "detectron2": 1}
+_MODES = {"mean": False, "max": True}
 
 
 def _place(
@@ -145,11 +146,10 @@ def roi_align(
     name = "roi_align"
     boxes = join_boxes(name, boxes)
     height, width = size_pair(name, output_size)
-    if mode not in ("mean", "max"):
-        raise ValueError(f'{name}: mode must be "mean" or "max", got {mode!r}')
+    largest = choose(name, "mode", mode, _MODES)
     if input.dim() == 4:
         check_indices(name, boxes, input.shape[0])
-    if mode == "max":
+    if largest:
         return call_max(input, boxes, spatial_scale, height, width, sampling_ratio, aligned)
     return _roi_align(input, boxes, spatial_scale, height, width, sampling_ratio, aligned)
 

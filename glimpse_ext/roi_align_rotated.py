@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._arguments import check_indices, join_boxes, size_pair
+from ._arguments import check_indices, choose, join_boxes, size_pair
 from ._autograd_frames import call_rotated
 
 _COLUMNS = ("centre x", "centre y", "width", "height", "angle")
-_UNITS = ("degrees", "radians")
+_IN_DEGREES = {"degrees": True, "radians": False}
 
 
 def roi_align_rotated(
@@ -89,10 +89,7 @@ def roi_align_rotated(
     name = "roi_align_rotated"
     boxes = join_boxes(name, boxes, _COLUMNS)
     height, width = size_pair(name, output_size)
-    if angle_unit not in _UNITS:
-        raise ValueError(
-            f"{name}: angle_unit must be one of {', '.join(_UNITS)}, got {angle_unit!r}"
-        )
+    degrees = choose(name, "angle_unit", angle_unit, _IN_DEGREES)
     if input.dim() == 4:
         check_indices(name, boxes, input.shape[0])
     return call_rotated(
@@ -104,5 +101,5 @@ def roi_align_rotated(
         sampling_ratio,
         aligned,
         clockwise,
-        angle_unit == "degrees",
+        degrees,
     )

@@ -198,15 +198,6 @@ def test_deterministic_mode_is_put_back():
 # Evaluation
 
 
-def test_pasted_mask_fills_its_box():
-    boxes = torch.tensor([[2.0, 3.0, 6.0, 5.0]])
-    expected = torch.zeros(1, 8, 10, dtype=torch.bool)
-    expected[0, 3:5, 2:6] = True
-    # Soft edges reach half a mask pixel out of the box; with 28 of them this is less than a pixel.
-    assert torch.equal(evaluation.paste(torch.ones(1, 28, 28), boxes, (8, 10)), expected)
-    assert evaluation.paste(torch.ones(0, 28, 28), boxes[:0], (8, 10)).shape == (0, 8, 10)
-
-
 def test_average_precision_of_the_truth_and_of_less(halves):
     half = halves[1]
     count = len(half.boxes)

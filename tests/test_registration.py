@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import PYRAMIDS, SMOOTH_CASES, random_tensor
 from conftest import CPU, CUDA, DEVICES
+from frame_samples import frame_samples
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -53,6 +54,7 @@ def op_samples(device):
     pyramid = ([2, 3], 0, [-1.0, 0.0], [1.0, 0.5], [1.0, 4.0, 1.0], 0.0)
     explicit = ([2, 3], 0, [2.0, 0.0], [1.0, 0.5], [], 0.0)
     corners = boxes[:, 1:]
+    masks = random_tensor((3, 1, 3, 2), F64, "masks").to(device.torch)
 
     def grads(t):
         return t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -162,6 +164,24 @@ def op_samples(device):
             ops._sample_grad_boxes.default,
             ([image, small], grads(grad), grads(corners), index, levels, None, 0, *explicit),
         ),
+        **frame_samples(device),
+        "paste_masks": (ops.paste_masks.default, (grads(masks), grads(corners), 5, 6, False)),
+        "paste_masks snapped": (ops.paste_masks.default, (grads(masks), corners, 5, 6, True)),
+        "paste_masks uint8": (ops.paste_masks.default, (masks.byte(), corners, 5, 6, False)),
+        "paste_masks bool": (ops.paste_masks.default, (masks > 0, grads(corners), 5, 6, False)),
+        "paste_masks float16": (
+            ops.paste_masks.default,
+            (masks.half(), corners.float(), 5, 6, False),
+        ),
+        "paste_masks no masks": (ops.paste_masks.default, (masks[:0], corners[:0], 5, 6, False)),
+        "paste_masks_threshold": (
+            ops.paste_masks_threshold.default,
+            (masks, corners, 5, 6, 0.5, False),
+        ),
+        "paste_masks_threshold bytes": (
+            ops.paste_masks_threshold.default,
+            (masks, corners, 5, 6, -1.0, True),
+        ),
     }
 
 
@@ -193,8 +213,8 @@ def test_fake_results_are_like_real_ones(name, device):
     with FakeTensorMode() as mode:
         fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
     for a, b in zip(
-        fake if isinstance(fake, list) else [fake],
-        real if isinstance(real, list) else [real],
+        fake if isinstance(fake, (list, tuple)) else [fake],
+        real if isinstance(real, (list, tuple)) else [real],
         strict=True,
     ):
         assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "glimpse_problem.h"
+#include "paste_problem.h"
 #include "problem.h"
 
 namespace glimpse {
@@ -12,5 +13,7 @@ void cpu_sample(const Problem& problem);
 void cpu_grad_features(const Problem& problem);
 void cpu_grad_boxes(const Problem& problem);
 void cpu_copy_glimpse(const GlimpseProblem& problem);
+
+void cpu_paste(const PasteProblem& problem);
 
 }  // namespace glimpse

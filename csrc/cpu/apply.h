@@ -202,6 +202,7 @@ void grad_boxes_narrow(const Work<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan
 
 #include "cpu/apply_grad_boxes.h"
 #include "cpu/apply_grad_features.h"
+#include "cpu/apply_paste.h"
 #include "cpu/apply_sample.h"
 // Needs the functions above.
 #include "cpu/apply_narrow.h"
@@ -277,14 +278,15 @@ template <class T>
 const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, uint8_t>) {
     static constexpr Kernels<T> table = {
-        kLanes<float>, sample_scratch<T>, nullptr, grad_boxes_scratch<T>, sample<T>,
-        nullptr,       nullptr,           nullptr, grad_boxes<T>};
+        kLanes<float>, sample_scratch<T>, nullptr,         grad_boxes_scratch<T>,
+        sample<T>,     nullptr,           nullptr,         nullptr,
+        grad_boxes<T>, paste_spread<T>,   paste_values<T>, paste_bytes<float>};
     return table;
   } else {
     static constexpr Kernels<T> table = {
-        kLanes<acc_t<T>>,      sample_scratch<T>,   grad_features_scratch<T>,
-        grad_boxes_scratch<T>, sample<T>,           clear_gradient<T>,
-        grad_features<T>,      convert_gradient<T>, grad_boxes<T>};
+        kLanes<acc_t<T>>, sample_scratch<T>, grad_features_scratch<T>, grad_boxes_scratch<T>,
+        sample<T>,        clear_gradient<T>, grad_features<T>,         convert_gradient<T>,
+        grad_boxes<T>,    paste_spread<T>,   paste_values<T>,          paste_bytes<acc_t<T>>};
     return table;
   }
 }

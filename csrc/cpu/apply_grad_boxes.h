@@ -53,7 +53,7 @@ void add_cell_by_cell(const Problem& problem, const BoxPlan<acc_t<T>>& plan, con
   using A = acc_t<T>;
   for (int64_t c = 0; c < channels; ++c, window += level.stride_c) {
     for (int32_t i = plan.y.first; i < plan.y.end; ++i) {
-      for (int32_t j = 0; j < problem.out_width; ++j) {
+      for (int32_t j = plan.x.first; j < plan.x.end; ++j) {
         const A g = load_value(
             from[c * strides.channel + (int64_t{i} * problem.out_width + j) * strides.cell]);
         for (int32_t ty = plan.y.tap_begin(i); ty < plan.y.tap_end(i); ++ty) {

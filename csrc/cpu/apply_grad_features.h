@@ -145,12 +145,11 @@ void grad_cell_by_cell(const GradWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& 
                        const Plane<acc_t<T>>& plane, const T* from) {
   using A = acc_t<T>;
   const Problem& problem = *work.problem;
-  for (int64_t c = 0; c < work.channels; ++c) {
+  for (int64_t c = 0; c < work.channels; ++c, from += cells_of(problem)) {
     A* window = plane.data + c * plane.stride_c + plan.first_column;
-    for (int32_t i = 0; i < problem.out_height; ++i) {
-      for (int32_t j = 0; j < problem.out_width; ++j, ++from) {
-        if (i < plan.y.first || i >= plan.y.end) continue;
-        const A g = load_value(*from);
+    for (int32_t i = plan.y.first; i < plan.y.end; ++i) {
+      for (int32_t j = plan.x.first; j < plan.x.end; ++j) {
+        const A g = load_value(from[int64_t{i} * problem.out_width + j]);
         for (int32_t ty = plan.y.tap_begin(i); ty < plan.y.tap_end(i); ++ty) {
           const int32_t y = plan.y.index[ty];
           if (y < work.first_row || y >= work.end_row) continue;

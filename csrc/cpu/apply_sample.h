@@ -125,7 +125,7 @@ void sample_cell_by_cell(const Problem& problem, const BoxPlan<acc_t<T>>& plan, 
       for (int32_t j = 0; j < problem.out_width; ++j, ++to) {
         A sum = static_cast<A>(problem.fill);
         if (i >= plan.y.first && i < plan.y.end && plan.y.tap_begin(i) < plan.y.tap_end(i) &&
-            plan.x.tap_begin(j) < plan.x.tap_end(j)) {
+            j >= plan.x.first && j < plan.x.end && plan.x.tap_begin(j) < plan.x.tap_end(j)) {
           sum = 0;
           for (int32_t ty = plan.y.tap_begin(i); ty < plan.y.tap_end(i); ++ty) {
             const T* row = window + plan.y.index[ty] * level.stride_h;

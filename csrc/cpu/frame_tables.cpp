@@ -86,18 +86,23 @@ class CellTableBuilder {
   void add_cell(int32_t i, int32_t j) {
     const int32_t rows = y_.start[i + 1] - y_.start[i], columns = x_.start[j + 1] - x_.start[j];
     if (rows == 0 || columns == 0) return;
-    // Positions are affine and roundings monotone, so corners hold the extremes.
+    // Positions are affine and roundings monotone, so corners hold the extremes, if all are finite.
     const A y0 = y_.local[y_.start[i]], y1 = y_.local[y_.start[i + 1] - 1];
     const A x0 = x_.local[x_.start[j]], x1 = x_.local[x_.start[j + 1] - 1];
     const Frame<A>& frame = box_.frame;
-    const auto [low_y, high_y] = std::minmax({frame.position_y(y0, x0), frame.position_y(y0, x1),
-                                              frame.position_y(y1, x0), frame.position_y(y1, x1)});
-    const auto [low_x, high_x] = std::minmax({frame.position_x(y0, x0), frame.position_x(y0, x1),
-                                              frame.position_x(y1, x0), frame.position_x(y1, x1)});
-    const Span span_y = Span::of(low_y, high_y, problem_.map.height);
-    const Span span_x = Span::of(low_x, high_x, problem_.map.width);
+    const A corners_y[4] = {frame.position_y(y0, x0), frame.position_y(y0, x1),
+                            frame.position_y(y1, x0), frame.position_y(y1, x1)};
+    const A corners_x[4] = {frame.position_x(y0, x0), frame.position_x(y0, x1),
+                            frame.position_x(y1, x0), frame.position_x(y1, x1)};
+    bool finite = true;
+    for (const A corner : corners_y) finite = finite && corner - corner == 0;
+    for (const A corner : corners_x) finite = finite && corner - corner == 0;
+    const auto [low_y, high_y] = std::minmax_element(corners_y, corners_y + 4);
+    const auto [low_x, high_x] = std::minmax_element(corners_x, corners_x + 4);
+    const Span span_y = Span::of(*low_y, *high_y, problem_.map.height);
+    const Span span_x = Span::of(*low_x, *high_x, problem_.map.width);
     const int64_t samples = int64_t{rows} * columns;
-    const bool merge = samples > 1 && span_y.size() * span_x.size() <= 8 * samples + 16;
+    const bool merge = finite && samples > 1 && span_y.size() * span_x.size() <= 8 * samples + 16;
     if (merge) square_.open(span_y, span_x, numbers_);
     for (int32_t a = y_.start[i]; a < y_.start[i + 1]; ++a) {
       for (int32_t b = x_.start[j]; b < x_.start[j + 1]; ++b) add_sample(a, b, merge);

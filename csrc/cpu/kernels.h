@@ -6,6 +6,7 @@
 #include "cpu/box_gradient.h"
 #include "cpu/plan.h"
 #include "half.h"
+#include "paste_problem.h"
 #include "problem.h"
 
 namespace glimpse {
@@ -36,6 +37,24 @@ struct BoxWork : Work<A> {
   BoxGradient* sums;  // [count], added to
 };
 
+/// What the columns of an image that a mask reaches read of a row of it: two pixels each. Of a
+/// single one both slots hold one half, so that nothing is read that does not count.
+template <class A>
+struct PasteColumns {
+  int32_t count;
+  const int32_t* pixel[2];
+  const A* weight[2];
+  int64_t stride;  // between pixels of the mask, in elements
+};
+
+/// A row of the image: two rows of the mask, spread over its columns, with their weights.
+template <class A>
+struct PasteRow {
+  const A* spread[2];
+  A weight[2];
+  int32_t count;
+};
+
 /// Kernels of one instruction set for the storage type T.
 template <class T>
 struct Kernels {
@@ -50,6 +69,9 @@ struct Kernels {
   void (*grad_features)(const GradWork<A>&);  // adds boxes to it
   void (*convert)(const GradWork<A>&);        // stores float sums as 16 bits
   void (*grad_boxes)(const BoxWork<A>&);
+  void (*paste_spread)(const T* row, const PasteColumns<A>&, A* to);
+  void (*paste_values)(const PasteRow<A>&, pooled_t<T>* to);
+  void (*paste_bytes)(const PasteRow<A>&, const PasteStore<A, uint8_t>&, uint8_t* to);
 };
 
 namespace baseline {

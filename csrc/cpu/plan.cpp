@@ -22,17 +22,23 @@ template <class A>
 class RowBuffer {
  public:
   void build(const Operator& op, const BoxAxis<A>& line) {
-    start.clear();
     pixels.clear();
     weight.clear();
     slope_origin.clear();
     slope_step.clear();
-    start.push_back(0);
-    for (int32_t cell = 0; cell < line.cells; ++cell) {
+    // Of a large output most cells may be out of reach of the map.
+    constexpr int32_t kFew = 64;
+    Cells reached = {0, line.cells};
+    if (line.cells > kFew && line.axis.samples > 0) {
+      reached = cells_reaching(op, line.axis, reached, 0, line.size - 1, line.size);
+    }
+    start.assign(static_cast<size_t>(reached.first) + 1, 0);
+    for (int32_t cell = reached.first; cell < reached.end; ++cell) {
       row_ = pixels.size();
       build_row(op, line.axis, line.weighting, cell, line.size, *this);
       start.push_back(static_cast<int32_t>(pixels.size()));
     }
+    start.resize(static_cast<size_t>(line.cells) + 1, static_cast<int32_t>(pixels.size()));
     low = high = 0;
     if (!pixels.empty()) {
       const auto range = std::minmax_element(pixels.begin(), pixels.end());
@@ -167,12 +173,13 @@ class Planner {
     const bool nchw = problem_.layout == Layout::kNchw;
     const bool pad = nchw && !plan.direct && purpose_ == Purpose::kSample;
     if (purpose_ != Purpose::kGradFeatures || plan.direct) {
-      int32_t first = 0, end = rows_.cells();
-      while (rows_.start[first + 1] == rows_.start[first]) ++first;
-      while (rows_.start[end - 1] == rows_.start[end]) --end;
-      plan.y = make_table(rows_.start.data(), first, end, rows_.pixels.data(), rows_.weight.data(),
-                          0, pad ? Padding::kSplit : Padding::kNone, 0, arena_);
-      plan.x = make_table(columns_.start.data(), 0, columns_.cells(), columns_.pixels.data(),
+      const Cells rows = tapped_cells(rows_);
+      // The kernels that serve cell by cell skip columns too.
+      const Cells columns = plan.direct ? tapped_cells(columns_) : Cells{0, columns_.cells()};
+      plan.y =
+          make_table(rows_.start.data(), rows.first, rows.end, rows_.pixels.data(),
+                     rows_.weight.data(), 0, pad ? Padding::kSplit : Padding::kNone, 0, arena_);
+      plan.x = make_table(columns_.start.data(), columns.first, columns.end, columns_.pixels.data(),
                           columns_.weight.data(), plan.first_column,
                           pad ? Padding::kZeroSlot : Padding::kNone, plan.vectors * lanes_, arena_);
       if (pad) list_unread(1, plan);
@@ -215,8 +222,22 @@ class Planner {
     plan.last_valid =
         static_cast<int32_t>(std::min<int64_t>(lanes_, width - first - (padded - lanes_)));
     const bool sparse = columns > 4 * int64_t{columns_.taps()} + 64;
-    plan.direct = sparse || padded > kMaxColumns || problem_.out_width > kMaxColumns ||
+    // A single channel would use one lane of each vector, for every cell of the output.
+    constexpr int64_t kManyCells = 4096;
+    const bool narrow = problem_.channels == 1 &&
+                        int64_t{problem_.out_height} * problem_.out_width > kManyCells &&
+                        rows_.taps() <= 2 * int64_t{rows_.cells()} &&
+                        columns_.taps() <= 2 * int64_t{columns_.cells()};
+    plan.direct = sparse || narrow || padded > kMaxColumns || problem_.out_width > kMaxColumns ||
                   problem_.out_height > kMaxColumns;
+  }
+
+  /// The cells from the first to the last one that read something. There is one.
+  static Cells tapped_cells(const RowBuffer<A>& buffer) {
+    Cells cells = {0, buffer.cells()};
+    while (buffer.start[cells.first + 1] == buffer.start[cells.first]) ++cells.first;
+    while (buffer.start[cells.end - 1] == buffer.start[cells.end]) --cells.end;
+    return cells;
   }
 
   /// Lists the cells of a row that read nothing, each as `interleave` elements.

@@ -198,6 +198,38 @@ void grad_boxes(const Problem& problem) {
                     [&](auto type) { grad_boxes_typed<typename decltype(type)::type>(problem); });
 }
 
+/// Every pixel of the image, whether the mask reaches it or not.
+template <class T, class Out>
+void paste_typed(const PasteProblem& problem) {
+  using Number = acc_t<T>;
+  const PasteStore<Number, Out> store(problem);
+  auto* image = static_cast<Out*>(problem.image);
+  for (int64_t k = 0; k < problem.masks; ++k) {
+    const auto* mask = static_cast<const T*>(problem.mask) + k * problem.stride_n;
+    const auto along_y = PasteLine<Number>::of(problem, k, kY);
+    const auto along_x = PasteLine<Number>::of(problem, k, kX);
+    for (int32_t i = 0; i < problem.height; ++i) {
+      for (int32_t j = 0; j < problem.width; ++j, ++image) {
+        Number value = 0;
+        if (along_y.axis.samples > 0 && along_x.axis.samples > 0) {
+          value = paste_value(along_y.taps(i), along_x.taps(j), [&](int32_t y, int32_t x) {
+            return load_value(mask[y * problem.stride_h + x * problem.stride_w]);
+          });
+        }
+        *image = store(value);
+      }
+    }
+  }
+}
+
+void paste(const PasteProblem& problem) {
+  with_feature_type(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (problem.result == PasteResult::kValue) return paste_typed<T, pooled_t<T>>(problem);
+    paste_typed<T, uint8_t>(problem);
+  });
+}
+
 size_t no_workspace(const Problem&) { return 0; }
 
 int64_t image_offset(const GlimpseProblem& problem, int64_t n, int64_t c, int64_t y, int64_t x) {
@@ -306,7 +338,8 @@ const Backend& simple_backend() {
                                   simple_frames_grad_features,
                                   simple_frames_grad_boxes,
                                   [](const GlimpseProblem&) -> size_t { return 0; },
-                                  copy_glimpse};
+                                  copy_glimpse,
+                                  paste};
   return backend;
 }
 

@@ -23,7 +23,8 @@ const Backend& cuda_backend() {
                                   cuda::frames_grad_features,
                                   cuda::frames_grad_boxes,
                                   cuda::copy_glimpse_workspace,
-                                  cuda::copy_glimpse};
+                                  cuda::copy_glimpse,
+                                  cuda::paste};
   return backend;
 }
 

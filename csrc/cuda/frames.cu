@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "cuda/frames_gradients.cuh"
 #include "cuda/kernels.h"
 
 namespace glimpse::cuda {

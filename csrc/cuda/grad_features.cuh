@@ -294,11 +294,6 @@ struct alignas(16) Quad {
   Number weight[kQuad];
 };
 
-/// Cells first <= i < end, or none.
-struct alignas(8) Cells {
-  int32_t first, end;
-};
-
 /// Weights of a batch of boxes at the rows and columns of a tile, in shared memory. Only the cells
 /// of a strip (the rows of a warp, a quad of columns) need to be visited for it. These cells are
 /// neighbours, because positions are monotone; that is why two numbers describe them.
@@ -544,34 +539,12 @@ constexpr size_t fixed_shared_bytes() {
          2 * kMostSlots * sizeof(TileLine<Number>) + 64;  // 64: for alignment
 }
 
-/// The cells of an axis that can touch the pixels first_pixel .. last_pixel, and maybe some more.
-/// Positions are monotone, so the cells before and behind them are found by bisection.
+/// The cells of a box that can touch the pixels first_pixel .. last_pixel, and maybe some more.
 template <class Number>
 __device__ __forceinline__ Cells cells_reaching(const Operator& op, const BoxAxis<Number>& line,
                                                 int32_t first_pixel, int32_t last_pixel) {
-  const Number low = op.reach_low<Number>(first_pixel);
-  const Number high = op.reach_high<Number>(last_pixel, line.size);
-  const bool growing = !(line.axis.step < 0);
-  Cells cells;
-  for (int32_t side = 0; side < 2; ++side) {
-    // Of each cell, the sample that is the last to leave on this side.
-    const int32_t sample = side == 0 ? line.axis.samples - 1 : 0;
-    int32_t begin = side == 0 ? 0 : cells.first, end = line.cells;
-    while (begin < end) {
-      const int32_t middle = begin + (end - begin) / 2;
-      const Number position = line.axis.position(middle, sample);
-      // side 0: the first cell that is not wholly before; side 1: the first one wholly behind.
-      const bool beyond = side == 0 ? (growing ? position >= low : position <= high)
-                                    : (growing ? position > high : position < low);
-      if (beyond) {
-        end = middle;
-      } else {
-        begin = middle + 1;
-      }
-    }
-    (side == 0 ? cells.first : cells.end) = begin;
-  }
-  return cells;
+  return glimpse::cells_reaching(op, line.axis, {0, line.cells}, first_pixel, last_pixel,
+                                 line.size);
 }
 
 /// The visit of box k where not all of its cells are held: those that reach the tile, some rows at

@@ -5,15 +5,17 @@
 
 #include "frame_problem.h"
 #include "glimpse_problem.h"
+#include "paste_problem.h"
 #include "problem.h"
 
 /// The launch layer: each function picks a kernel for the dtype, the layout and the sizes of a
-/// Problem, and launches it on problem.stream. None waits, allocates or reads device memory.
+/// problem, and launches it on problem.stream. None waits, allocates or reads device memory.
 namespace glimpse::cuda {
 
 void sample(const Problem& problem);
 void grad_features(const Problem& problem);
 void grad_boxes(const Problem& problem);
+void paste(const PasteProblem& problem);
 
 void frames_sample(const FrameProblem& problem);
 void frames_maximum(const FrameProblem& problem);

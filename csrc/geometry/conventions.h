@@ -246,9 +246,17 @@ GLIMPSE_HD Axis<T> paste_axis(T lo, T hi, int32_t mask) {
   return detail::sampled_once(origin, step, T(0));
 }
 
+/// The pixel from which paste_axis best counts cells: the one that holds `lo`, if the image has it.
+/// Edges less this pixel make an axis whose positions are small numbers near the box, and so lose
+/// nothing to the box being far from pixel 0.
+template <class T>
+GLIMPSE_HD int32_t paste_anchor(T lo, int32_t pixels) {
+  return lo > T(0) && lo < static_cast<T>(pixels) ? static_cast<int32_t>(lo) : 0;
+}
+
 /// torchvision's paste_masks_in_image: the mask gets a border of one zero, the box grows with it
 /// about its centre by `grow` = (mask + 2) / mask, and its edges are truncated to whole pixels lo
-/// to hi, both of which are covered.
+/// to hi, both of which are covered. A box that ends before it starts reads nothing.
 template <class T>
 GLIMPSE_HD Axis<T> snapped_paste_axis(T lo, T hi, T grow, int32_t mask) {
   using R = Rounded<T>;
@@ -257,13 +265,11 @@ GLIMPSE_HD Axis<T> snapped_paste_axis(T lo, T hi, T grow, int32_t mask) {
   const R centre = (R(hi) + R(lo)) * half;
   int64_t first, last;
   if (!truncated_origin((centre - reach).value, &first) ||
-      !truncated_origin((centre + reach).value, &last)) {
-    first = last = 0;
+      !truncated_origin((centre + reach).value, &last) || last < first) {
     return detail::sampled_once(R(static_cast<T>(HUGE_VAL)), R(T(0)), T(0));
   }
   // In unsigned arithmetic, because the edges may be 64 bits apart.
-  const uint64_t width = static_cast<uint64_t>(last) - static_cast<uint64_t>(first) + 1;
-  const R pixels(last > first ? static_cast<T>(width) : T(1));
+  const R pixels(static_cast<T>(static_cast<uint64_t>(last) - static_cast<uint64_t>(first) + 1));
   const R step = R(mask + 2) / pixels;
   // One less than the index in the mask with its border.
   const R origin = (half - R(static_cast<T>(first))) * step - R(T(1.5));

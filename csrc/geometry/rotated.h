@@ -28,6 +28,7 @@ GLIMPSE_HD Axis<T> rotated_axis(T length, T scale, bool minimum_one, int32_t sam
   axis.origin = (R(T(0)) - extent / R(T(2))).value;
   axis.step = step.value;
   axis.phase = T(0.5);
+  axis.single = 0;
   axis.samples = sampling_ratio > 0 ? sampling_ratio : ceil_to_count(step.value);
   axis.origin_lo = axis.step_lo = T(0);
   axis.origin_hi = clamped ? T(0) : -scale / T(2);

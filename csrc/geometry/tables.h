@@ -167,4 +167,40 @@ GLIMPSE_HD void build_row(const Operator& op, const Axis<T>& axis, const Weighti
   for (int32_t i = 0; i < row.size(); ++i) row.scale(i, factor);
 }
 
+/// Cells first <= i < end, or none.
+struct alignas(8) Cells {
+  int32_t first, end;
+};
+
+/// The cells of an axis, among `cells`, that can touch the pixels first_pixel .. last_pixel, and
+/// maybe some more. Positions are monotone, so the cells before and behind them are found by
+/// bisection.
+template <class T>
+GLIMPSE_HD Cells cells_reaching(const Operator& op, const Axis<T>& axis, Cells cells,
+                                int32_t first_pixel, int32_t last_pixel, int32_t size) {
+  const T low = op.reach_low<T>(first_pixel);
+  const T high = op.reach_high<T>(last_pixel, size);
+  const bool growing = !(axis.step < 0);
+  Cells reached;
+  for (int32_t side = 0; side < 2; ++side) {
+    // Of each cell, the sample that is the last to leave on this side.
+    const int32_t sample = side == 0 ? axis.samples - 1 : 0;
+    int32_t begin = side == 0 ? cells.first : reached.first, end = cells.end;
+    while (begin < end) {
+      const int32_t middle = begin + (end - begin) / 2;
+      const T position = axis.position(middle, sample);
+      // side 0: the first cell that is not wholly before; side 1: the first one wholly behind.
+      const bool beyond = side == 0 ? (growing ? position >= low : position <= high)
+                                    : (growing ? position > high : position < low);
+      if (beyond) {
+        end = middle;
+      } else {
+        begin = middle + 1;
+      }
+    }
+    (side == 0 ? reached.first : reached.end) = begin;
+  }
+  return reached;
+}
+
 }  // namespace glimpse

@@ -184,6 +184,7 @@ class FrameCall {
     boxes.dtype = problem.dtype;
     boxes.box = problem.box;
     boxes.box_columns = problem.box_columns;
+    boxes.image_column = problem.box_columns - problem.op.columns();
     boxes.image_index = problem.image_index;
     check_image_index(sampling_.name, boxes);
   }

@@ -101,6 +101,8 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("point_sample", TORCH_BOX(&point_sample));
   m.impl("extract_glimpse", TORCH_BOX(&extract_glimpse));
   m.impl("subpixel_glimpse", TORCH_BOX(&subpixel_glimpse));
+  m.impl("paste_masks", TORCH_BOX(&paste_masks));
+  m.impl("paste_masks_threshold", TORCH_BOX(&paste_masks_threshold));
   m.impl("_sample", TORCH_BOX(&sample_entry));
   m.impl("_sample_grad_features", TORCH_BOX(&sample_grad_features_entry));
   m.impl("_sample_grad_boxes", TORCH_BOX(&sample_grad_boxes_entry));
@@ -153,6 +155,12 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
   m.def(
       "subpixel_glimpse(Tensor input, Tensor offsets, SymInt height, SymInt width, int version, "
       "bool centered, bool normalized, int scale) -> Tensor");
+  m.def(
+      "paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, bool snapped) -> "
+      "Tensor");
+  m.def(
+      "paste_masks_threshold(Tensor masks, Tensor boxes, SymInt height, SymInt width, "
+      "float threshold, bool snapped) -> Tensor");
   m.def("_sample(Tensor[] features, " GLIMPSE_SAMPLING_SCHEMA ") -> Tensor");
   m.def("_sample_grad_features(Tensor grad, " GLIMPSE_SAMPLING_SCHEMA
         ", SymInt[] sizes, bool channels_last) -> Tensor[]");

@@ -38,4 +38,9 @@ Tensor extract_glimpse(Tensor input, Tensor offsets, std::optional<Tensor> seed,
 Tensor subpixel_glimpse(Tensor input, Tensor offsets, int64_t height, int64_t width,
                         int64_t version, bool centered, bool normalized, int64_t scale);
 
+// paste.cpp
+Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, bool snapped);
+Tensor paste_masks_threshold(Tensor masks, Tensor boxes, int64_t height, int64_t width,
+                             double threshold, bool snapped);
+
 }  // namespace glimpse::ops

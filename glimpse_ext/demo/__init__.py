@@ -2,7 +2,8 @@
 """``glimpse-ext demo``: train a small detector on half a photograph, find the coins of the other.
 
 It shows this package at its main job. Features are pooled by ``multiscale_roi_align``; mask targets
-and training crops are cut by ``roi_align``.
+and training crops are cut by ``roi_align``; the masks of which it reports the average precision are
+pasted into the photograph by ``paste_masks``.
 
 ==============  ===================================================
 `data`          the photograph, its labels, its halves, random crops

@@ -6,29 +6,15 @@ import io
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+import glimpse_ext
+
 from .data import Half
 from .detector import Detections
-
-
-def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks ``[K, M, M]`` of boxes ``[K, 4]`` as bool pictures ``[K, H, W]``."""
-    height, width = size
-    if len(boxes) == 0:
-        return torch.zeros(0, height, width, dtype=torch.bool, device=boxes.device)
-    y = torch.arange(height, device=boxes.device) + 0.5
-    x = torch.arange(width, device=boxes.device) + 0.5
-    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
-    grid_y = 2 * (y - y1) / (y2 - y1) - 1
-    grid_x = 2 * (x - x1) / (x2 - x1) - 1
-    grid = torch.stack(torch.broadcast_tensors(grid_x[:, None, :], grid_y[:, :, None]), dim=-1)
-    return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
 
 
 def _encode(mask: Tensor) -> dict[str, Any]:
@@ -56,7 +42,7 @@ def average_precision(half: Half, found: Detections) -> dict[str, float]:
         }
         for number, (box, mask) in enumerate(zip(half.boxes, half.masks, strict=True))
     ]
-    pasted = paste(found.masks, found.boxes, (height, width))
+    pasted = glimpse_ext.paste_masks(found.masks, found.boxes, (height, width))
     results = [
         {
             "image_id": 1,

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
+import glimpse_ext
+
 from .data import Half
 from .detector import Detections
-from .evaluation import paste
 
 LABEL_COLOUR = "#35c46a"
 FOUND_COLOUR = "#ff8c1a"
@@ -88,7 +89,8 @@ def _show_detections(axes: Axes, half: Half, found: Detections) -> None:
     height, width = half.image.shape
     shown = found.scores >= SHOWN_SCORE
     boxes = found.boxes[shown]
-    _show(axes, half, paste(found.masks[shown], boxes, (height, width)), FOUND_COLOUR)
+    pasted = glimpse_ext.paste_masks(found.masks[shown], boxes, (height, width))
+    _show(axes, half, pasted, FOUND_COLOUR)
     _outline(axes, half.boxes, **TRUTH_STYLE)
     _outline(axes, boxes, **FOUND_STYLE)
     _write_scores(axes, boxes, found.scores[shown])

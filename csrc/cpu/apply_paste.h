@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Part of apply.h: masks into images. Sums are not fused, because a value meets a threshold by its
+// last bit and all devices must agree (paste_value).
+
+namespace {
+
+template <class T>
+void paste_spread(const T* row, const PasteColumns<acc_t<T>>& columns, acc_t<T>* to) {
+  const int32_t* left = columns.pixel[0];
+  const int32_t* right = columns.pixel[1];
+  const auto* weight_left = columns.weight[0];
+  const auto* weight_right = columns.weight[1];
+  if (columns.stride == 1) {
+    for (int32_t x = 0; x < columns.count; ++x) {
+      to[x] =
+          weight_left[x] * load_value(row[left[x]]) + weight_right[x] * load_value(row[right[x]]);
+    }
+    return;
+  }
+  for (int32_t x = 0; x < columns.count; ++x) {
+    to[x] = weight_left[x] * load_value(row[left[x] * columns.stride]) +
+            weight_right[x] * load_value(row[right[x] * columns.stride]);
+  }
+}
+
+template <class T>
+void paste_values(const PasteRow<acc_t<T>>& row, pooled_t<T>* to) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
+  const Vector<A> above = broadcast(row.weight[0]), below = broadcast(row.weight[1]);
+  int32_t x = 0;
+  for (; x + L <= row.count; x += L) {
+    store(to + x, above * load(row.spread[0] + x) + below * load(row.spread[1] + x));
+  }
+  if (x < row.count) {
+    const int left = row.count - x;
+    store_part(
+        to + x,
+        above * load_part(row.spread[0] + x, left) + below * load_part(row.spread[1] + x, left),
+        left);
+  }
+}
+
+/// A loop that compilers turn into vectors, given that bytes are nobody else's memory.
+template <class A, class Finish>
+GLIMPSE_INLINE void blend_bytes(const A* __restrict above, const A* __restrict below,
+                                A weight_above, A weight_below, int32_t count, const Finish& finish,
+                                uint8_t* __restrict to) {
+  for (int32_t x = 0; x < count; ++x)
+    to[x] = finish(weight_above * above[x] + weight_below * below[x]);
+}
+
+template <class A>
+void paste_bytes(const PasteRow<A>& row, const PasteStore<A, uint8_t>& finish, uint8_t* to) {
+  const auto blend = [&](const auto& to_byte) {
+    blend_bytes(row.spread[0], row.spread[1], row.weight[0], row.weight[1], row.count, to_byte, to);
+  };
+  if (finish.quantize) return blend([](A value) { return quantized(value); });
+  const A threshold = finish.threshold;
+  blend([threshold](A value) { return static_cast<uint8_t>(value >= threshold ? 1 : 0); });
+}
+
+}  // namespace

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Masks into images. A box is a few percent of its image, so what costs is memory that is touched,
+// not arithmetic: rows that the mask does not reach are left alone where they hold zeros already.
+//
+// A row of mask pixels is spread over the columns of the image once and serves all rows of the
+// image that lie between it and the next one; a row of the image is then a weighted sum of two
+// spread rows.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/applications.h"
+#include "cpu/dtypes.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "half.h"
+
+namespace glimpse {
+namespace {
+
+/// Takes the cells from `line` that read nothing: a sample may lie on the first pixel outside.
+template <class A>
+Cells reading_cells(const PasteLine<A>& line) {
+  Cells cells = line.pixels;
+  while (cells.first < cells.end && line.taps(cells.first).count == 0) ++cells.first;
+  while (cells.first < cells.end && line.taps(cells.end - 1).count == 0) --cells.end;
+  return cells;
+}
+
+/// Two pixels with their weights, as PasteColumns wants them.
+template <class A>
+struct Pair {
+  int32_t pixel[2];
+  A weight[2];
+
+  explicit Pair(const Taps<A>& taps) {
+    const bool two = taps.count == 2;
+    pixel[0] = taps.pixel[0];
+    pixel[1] = two ? taps.pixel[1] : taps.pixel[0];
+    weight[0] = two ? taps.weight[0] : taps.weight[0] / 2;
+    weight[1] = two ? taps.weight[1] : weight[0];
+  }
+};
+
+/// The rows of one mask, spread over the columns of the image that it reaches. The last two are
+/// kept: the rows of the image ask for them in order.
+template <class T>
+class SpreadRows {
+ public:
+  using A = acc_t<T>;
+
+  void start(const PasteProblem& problem, int64_t k, const PasteLine<A>& line, Cells columns) {
+    mask_ = static_cast<const T*>(problem.mask) + k * problem.stride_n;
+    stride_h_ = problem.stride_h;
+    const auto count = static_cast<size_t>(columns.end - columns.first);
+    for (int slot = 0; slot < 2; ++slot) {
+      pixel_[slot].resize(count);
+      weight_[slot].resize(count);
+      rows_[slot].resize(count);
+      held_[slot] = -1;
+    }
+    for (size_t i = 0; i < count; ++i) {
+      const Pair<A> pair(line.taps(columns.first + static_cast<int32_t>(i)));
+      for (int slot = 0; slot < 2; ++slot) {
+        pixel_[slot][i] = pair.pixel[slot];
+        weight_[slot][i] = pair.weight[slot];
+      }
+    }
+    columns_ = {columns.end - columns.first,
+                {pixel_[0].data(), pixel_[1].data()},
+                {weight_[0].data(), weight_[1].data()},
+                problem.stride_w};
+  }
+
+  /// Row `pixel` of the mask. Stays valid until a row other than `pixel` and `other` is asked for.
+  const A* row(int32_t pixel, int32_t other) {
+    for (int slot = 0; slot < 2; ++slot) {
+      if (held_[slot] == pixel) return rows_[slot].data();
+    }
+    const int slot = held_[0] == other ? 1 : 0;
+    held_[slot] = pixel;
+    kernels<T>().paste_spread(mask_ + pixel * stride_h_, columns_, rows_[slot].data());
+    return rows_[slot].data();
+  }
+
+ private:
+  const T* mask_ = nullptr;
+  int64_t stride_h_ = 0;
+  PasteColumns<A> columns_ = {};
+  std::vector<int32_t> pixel_[2];
+  std::vector<A> weight_[2], rows_[2];
+  int32_t held_[2] = {-1, -1};
+};
+
+/// What a mask reaches, part `part` of `parts`, and the background around it.
+template <class T, class Out>
+void paste_part(const PasteProblem& problem, int64_t k, int64_t part, int64_t parts,
+                SpreadRows<T>& spread) {
+  using A = acc_t<T>;
+  const PasteStore<A, Out> store(problem);
+  const auto along_y = PasteLine<A>::of(problem, k, kY);
+  const auto along_x = PasteLine<A>::of(problem, k, kX);
+  Cells rows = reading_cells(along_y), columns = reading_cells(along_x);
+  if (rows.first >= rows.end || columns.first >= columns.end) rows = columns = {0, 0};
+  auto* image = static_cast<Out*>(problem.image) + k * problem.height * int64_t{problem.width};
+
+  const Out background = store(A(0));
+  const auto fill = [&](int64_t first, int64_t end) {
+    if (!problem.cleared) std::fill(image + first, image + end, background);
+  };
+  const int64_t count = rows.end - rows.first, width = problem.width;
+  const auto first = static_cast<int32_t>(rows.first + count * part / parts);
+  const auto end = static_cast<int32_t>(rows.first + count * (part + 1) / parts);
+  if (part == 0) fill(0, first * width);
+  if (first < end) spread.start(problem, k, along_x, columns);
+  for (int32_t y = first; y < end; ++y) {
+    const Pair<A> pair(along_y.taps(y));
+    const PasteRow<A> row = {{spread.row(pair.pixel[0], pair.pixel[1]),  // keeps the other one
+                              spread.row(pair.pixel[1], pair.pixel[0])},
+                             {pair.weight[0], pair.weight[1]},
+                             columns.end - columns.first};
+    fill(y * width, y * width + columns.first);
+    Out* to = image + y * width + columns.first;
+    if constexpr (std::is_same_v<Out, uint8_t>) {
+      kernels<T>().paste_bytes(row, store, to);
+    } else {
+      kernels<T>().paste_values(row, to);
+    }
+    fill(y * width + columns.end, (y + 1) * width);
+  }
+  if (part == parts - 1) fill(end * width, problem.height * width);
+}
+
+template <class T, class Out>
+void paste_typed(const PasteProblem& problem) {
+  const int64_t outputs = problem.masks * problem.height * int64_t{problem.width};
+  const int64_t workers = workers_for(outputs);
+  // Several tasks for each thread, because boxes differ in size.
+  const int64_t parts = workers == 1 ? 1 : (8 * workers + problem.masks - 1) / problem.masks;
+  const int64_t tasks = problem.masks * parts;
+  parallel_tasks(tasks, workers, [&](const auto& next) {
+    SpreadRows<T> spread;
+    for (int64_t task = next(); task < tasks; task = next()) {
+      paste_part<T, Out>(problem, task / parts, task % parts, parts, spread);
+    }
+  });
+}
+
+}  // namespace
+
+void cpu_paste(const PasteProblem& problem) {
+  with_feature_type(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (problem.result == PasteResult::kValue) return paste_typed<T, pooled_t<T>>(problem);
+    paste_typed<T, uint8_t>(problem);
+  });
+}
+
+}  // namespace glimpse

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "ops/config.h"
+// clang-format off: config.h decides which functions the torch headers declare.
+#include <torch/csrc/stable/ops.h>
+// clang-format on
+
+#include <sys/mman.h>
+
+#include <new>
+
+#include "ops/checks.h"
+#include "ops/device.h"
+#include "ops/library.h"
+
+namespace glimpse::ops {
+
+namespace {
+
+constexpr const char* kName = "paste_masks";
+
+void check_arguments(const Tensor& masks, const Tensor& boxes) {
+  check(masks.dim() == 4 && masks.size(1) == 1, kName,
+        "masks must be [N, Mh, Mw] or [N, 1, Mh, Mw], got ", describe_shape(masks));
+  check(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4, kName,
+        "boxes must be [", masks.size(0), ", 4] (x1, y1, x2, y2), one for each mask, got ",
+        describe_shape(boxes));
+  check(is_float(boxes.scalar_type()), kName,
+        "boxes must be float64, float32, float16 or bfloat16, got ",
+        describe_dtype(boxes.scalar_type()));
+  check_same_device(kName, "boxes", boxes, masks);
+  check(masks.size(0) == 0 || (masks.size(2) > 0 && masks.size(3) > 0), kName,
+        "masks must have at least one pixel, got ", describe_shape(masks));
+  check(masks.size(2) <= 0x7fffff00 && masks.size(3) <= 0x7fffff00, kName,
+        "mask height and width must fit in 32 bits, got ", describe_shape(masks));
+}
+
+#if !defined(GLIMPSE_CUDA_LIBRARY)
+
+/// Rows of all images that the masks reach.
+template <class T>
+int64_t reached_rows(const PasteProblem& problem) {
+  int64_t rows = 0;
+  for (int64_t k = 0; k < problem.masks; ++k) {
+    const Cells cells = PasteLine<T>::of(problem, k, kY).pixels;
+    rows += cells.end - cells.first;
+  }
+  return rows;
+}
+
+/// Whether the result should be memory that the system clears when it is first touched. The pages
+/// that no mask reaches then cost nothing; those that are reached cost more than memory that is
+/// used again.
+bool wants_zero_pages(const PasteProblem& problem, int64_t bytes) {
+  constexpr int64_t kWorthwhile = 1 << 20;
+  const bool background =
+      problem.result == PasteResult::kThreshold && !(static_cast<float>(problem.threshold) > 0.0f);
+  if (bytes < kWorthwhile || background) return false;
+  const int64_t rows = problem.dtype == Dtype::kFloat64 ? reached_rows<double>(problem)
+                                                        : reached_rows<float>(problem);
+  return rows < problem.masks * problem.height / 2;
+}
+
+Tensor make_zero_pages(const std::vector<int64_t>& size, const std::vector<int64_t>& strides,
+                       ScalarType type, size_t bytes, const Tensor& like) {
+  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) throw std::bad_alloc();
+  return torch::stable::from_blob(pages, {size.data(), size.size()},
+                                  {strides.data(), strides.size()}, like.device(), type,
+                                  [bytes](void* data) { munmap(data, bytes); });
+}
+
+#endif
+
+Tensor paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, bool snapped,
+             PasteResult result, double threshold) {
+  check_arguments(masks, boxes);
+  const bool is_bool = masks.scalar_type() == ScalarType::Bool;
+  PasteProblem problem = {};
+  problem.dtype = is_bool ? Dtype::kUInt8 : storage_dtype(kName, masks.scalar_type());
+  problem.height = static_cast<int32_t>(check_output_size(kName, height));
+  problem.width = static_cast<int32_t>(check_output_size(kName, width));
+  const DeviceScope scope(masks);
+
+  const ScalarType coordinates =
+      problem.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  const Tensor own_boxes = torch::stable::contiguous(
+      boxes.scalar_type() == coordinates ? boxes : torch::stable::to(boxes, coordinates));
+  problem.mask = masks.const_data_ptr();
+  problem.stride_n = masks.stride(0);
+  problem.stride_h = masks.stride(2);
+  problem.stride_w = masks.stride(3);
+  problem.mask_height = static_cast<int32_t>(masks.size(2));
+  problem.mask_width = static_cast<int32_t>(masks.size(3));
+  problem.box = own_boxes.const_data_ptr();
+  problem.snapped = snapped;
+  const double mask_width = problem.mask_width > 0 ? problem.mask_width : 1;
+  problem.grow = (mask_width + 2.0) / mask_width;
+  problem.masks = masks.size(0);
+  problem.result = result;
+  problem.threshold = threshold;
+  problem.stream = scope.stream();
+
+  const ScalarType type = result == PasteResult::kThreshold   ? ScalarType::Bool
+                          : result == PasteResult::kQuantized ? ScalarType::Byte
+                          : problem.dtype == Dtype::kUInt8    ? ScalarType::Float
+                                                              : masks.scalar_type();
+  const std::vector<int64_t> size = {problem.masks, 1, height, width};
+#if !defined(GLIMPSE_CUDA_LIBRARY)
+  const int64_t pixels = problem.masks * height * width;
+  const int64_t bytes = pixels * (type == ScalarType::Double                                 ? 8
+                                  : type == ScalarType::Float                                ? 4
+                                  : type == ScalarType::Half || type == ScalarType::BFloat16 ? 2
+                                                                                             : 1);
+  if (wants_zero_pages(problem, bytes)) {
+    const Tensor image = make_zero_pages(size, {height * width, height * width, width, 1}, type,
+                                         static_cast<size_t>(bytes), masks);
+    problem.image = image.mutable_data_ptr();
+    problem.cleared = true;
+    current_backend().paste(problem);
+    return image;
+  }
+#endif
+  const Tensor image =
+      torch::stable::empty({size.data(), size.size()}, type, std::nullopt, masks.device());
+  if (image.numel() > 0) {
+    problem.image = image.mutable_data_ptr();
+    current_backend().paste(problem);
+  }
+  return image;
+}
+
+}  // namespace
+
+Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, bool snapped) {
+  return paste(masks, boxes, height, width, snapped, PasteResult::kValue, 0);
+}
+
+Tensor paste_masks_threshold(Tensor masks, Tensor boxes, int64_t height, int64_t width,
+                             double threshold, bool snapped) {
+  const PasteResult result = threshold >= 0 ? PasteResult::kThreshold : PasteResult::kQuantized;
+  return paste(masks, boxes, height, width, snapped, result, threshold);
+}
+
+}  // namespace glimpse::ops
