@@ -17,12 +17,15 @@ from torch import Tensor
 
 import glimpse_ext
 from glimpse_ext import convert_boxes, reference
-from glimpse_ext.extract_glimpse import _subpixel_glimpse
 
 F64 = torch.float64
 ALL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 Call = Callable[[Tensor, Tensor, Case], Tensor]
+
+
+def _float_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.uint8 else dtype
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,30 @@ class Operator:
     gradients: tuple[str, ...] = ("image", "boxes")
     """Arguments that have a gradient."""
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
-    result: Callable[[torch.dtype], torch.dtype] = lambda dtype: (
-        torch.float32 if dtype == torch.uint8 else dtype
-    )
+    result: Callable[[torch.dtype], torch.dtype] = _float_of
     rows: int = 0
     """The dimension of ``boxes`` along which they are independent."""
     outputs: int = 0
     """The same dimension of the result."""
+    image_column: bool = True
+    """Whether column 0 of the boxes is their image."""
     image_rows: bool = False
     """Whether an image belongs to each row."""
     fill: float = 0.0
     """What stands where nothing is read."""
     box_slopes: bool = True
     """Whether the gradient to the boxes is the derivative of the result."""
+    linear: bool = True
+    """Whether the result is linear in the image, but for the fill value."""
 
     def __str__(self) -> str:
         return self.name
+
+    def with_indices(self, boxes: Tensor, like: Tensor) -> Tensor:
+        """``boxes`` with the image column of ``like``, where there is one."""
+        if self.image_column:
+            return torch.cat([like[..., :1].expand_as(boxes[..., :1]), boxes[..., 1:]], -1)
+        return boxes
 
     def take(self, image: Tensor, boxes: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Some of the rows."""
@@ -110,16 +121,42 @@ def _offsets(centered: bool, normalized: bool) -> Callable[[Case], Tensor]:
 # -------------------------------------------------------------------------------- the operators
 
 
-def _roi_align(ratio: int, aligned: bool) -> Operator:
+def _roi_align(ratio: int, aligned: bool, mode: str = "mean") -> Operator:
     def arguments(case: Case) -> tuple[object, ...]:
-        return case.output_size, case.spatial_scale, ratio, aligned
+        return case.output_size, case.spatial_scale, ratio, aligned, mode
 
+    samples = str(ratio) if ratio > 0 else "adaptive"
     return Operator(
-        f"roi_align {'aligned' if aligned else 'legacy'} {ratio if ratio > 0 else 'adaptive'}",
-        "roi_align",
+        f"roi_align {'aligned' if aligned else 'legacy'} {samples} {mode}",
+        "roi_align" if mode == "mean" else f'roi_align(mode="{mode}")',
         lambda case: case.boxes(),
         lambda image, boxes, case: glimpse_ext.roi_align(image, boxes, *arguments(case)),
         lambda image, boxes, case, dtype: reference.roi_align(
+            image, boxes, *arguments(case), dtype=dtype
+        ),
+        linear=mode == "mean",
+    )
+
+
+def _rotated(case: Case) -> Tensor:
+    """Centre, size and angle of every box, turned a little more from one to the next."""
+    rows = case.boxes()
+    low, high = rows[:, 1:3], rows[:, 3:5]
+    angle = 20.0 + 25 * torch.arange(len(rows), dtype=F64)[:, None]
+    return torch.cat([rows[:, :1], (low + high) / 2, high - low, angle], 1)
+
+
+def _roi_align_rotated(ratio: int, aligned: bool, clockwise: bool) -> Operator:
+    def arguments(case: Case) -> tuple[object, ...]:
+        return case.output_size, case.spatial_scale, ratio, aligned, clockwise
+
+    samples = str(ratio) if ratio > 0 else "adaptive"
+    return Operator(
+        f"roi_align_rotated {'aligned' if aligned else 'legacy'} {samples}",
+        "roi_align_rotated",
+        _rotated,
+        lambda image, boxes, case: glimpse_ext.roi_align_rotated(image, boxes, *arguments(case)),
+        lambda image, boxes, case, dtype: reference.roi_align_rotated(
             image, boxes, *arguments(case), dtype=dtype
         ),
     )
@@ -199,57 +236,32 @@ def _point_sample(align_corners: bool) -> Operator:
         lambda image, points, case, dtype: reference.point_sample(
             image, points, align_corners, dtype=dtype
         ),
+        image_column=False,
         rows=1,
         outputs=2,
     )
 
 
-def _hats(origin: Tensor, step: int, cells: int, size: int) -> Tensor:
-    """[cells, size] weights of the mean of step pixels from an origin on: hat functions."""
-    pixel = torch.arange(size, dtype=origin.dtype)
-    at = origin + torch.arange(cells * step, dtype=origin.dtype)[:, None]
-    # Written with a floor so that the slope on a pixel is the right-hand one.
-    left = at.detach().floor()
-    fraction = at - left
-    weight = torch.where(pixel == left, 1 - fraction, torch.where(pixel == left + 1, fraction, 0.0))
-    weight = torch.where(torch.isfinite(at), weight, torch.zeros_like(weight))
-    return weight.reshape(cells, step, size).mean(1)
-
-
-def _glimpse(version: int, centered: bool, normalized: bool, scale: int) -> Operator:
-    rule = (version, centered, normalized)
-
-    def origin(offset: Tensor, size: int, extent: int) -> Tensor:
-        v = offset * size if normalized else offset
-        if centered and (normalized or version == 1):
-            v = v / 2
-        if centered:
-            v = v + size / 2
-        if version == 1 or (centered and normalized):
-            v = v - extent / 2
-        return v
-
-    def expected(image: Tensor, offsets: Tensor, case: Case, dtype: torch.dtype) -> Tensor:
-        image, offsets = image.to(dtype), offsets.to(dtype)
-        height, width = case.output_size
-        windows = []
-        for own, (y, x) in zip(image, offsets, strict=True):
-            rows, columns = (
-                _hats(origin(o, size, cells * scale), scale, cells, size)
-                for o, size, cells in ((y, own.shape[1], height), (x, own.shape[2], width))
-            )
-            windows.append(torch.einsum("iy,jx,cyx->cij", rows, columns, own))
-        return torch.stack(windows)
-
+def _glimpse(
+    version: int, centered: bool, normalized: bool, scale: int, mode: str = "subpixel"
+) -> Operator:
+    rule = (centered, normalized)
+    options = {"version": version, "mode": mode, "scales": (scale,)}
+    exact = mode == "exact"
+    words = f"{' centered' if centered else ''}{' normalized' if normalized else ''}"
     return Operator(
-        f"glimpse v{version}{' centered' if centered else ''}"
-        f"{' normalized' if normalized else ''} scale {scale}",
-        'extract_glimpse(mode="subpixel")',
+        f"glimpse v{version}{words} scale {scale} {mode}",
+        "extract_glimpse" if exact else f'extract_glimpse(mode="{mode}")',
         _offsets(centered, normalized),
-        lambda image, offsets, case: _subpixel_glimpse(
-            image, offsets, *case.output_size, *rule, scale
+        lambda image, offsets, case: glimpse_ext.extract_glimpse(
+            image, case.output_size, offsets, *rule, "zero", **options
         ),
-        expected,
+        lambda image, offsets, case, dtype: reference.extract_glimpse(
+            image, case.output_size, offsets, *rule, dtype=dtype, **options
+        ),
+        gradients=("image",) if exact else ("image", "boxes"),
+        result=(lambda dtype: dtype) if exact else _float_of,
+        image_column=False,
         image_rows=True,
     )
 
@@ -257,6 +269,10 @@ def _glimpse(version: int, centered: bool, normalized: bool, scale: int) -> Oper
 OPERATORS = [
     _roi_align(-1, False),
     _roi_align(2, True),
+    _roi_align(-1, False, "max"),
+    _roi_align(3, True, "max"),
+    _roi_align_rotated(-1, True, False),
+    _roi_align_rotated(2, False, True),
     _multiscale(),
     _crop("normalized", False, "zeros"),
     _crop("normalized", True, "border"),
@@ -269,4 +285,6 @@ OPERATORS = [
     _point_sample(True),
     _glimpse(2, True, True, 1),
     _glimpse(1, True, False, 2),
+    _glimpse(2, True, True, 1, "exact"),
+    _glimpse(1, False, True, 1, "exact"),
 ]
