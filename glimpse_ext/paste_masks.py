@@ -10,7 +10,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ._arguments import choose, size_pair
-from ._register import batch_rows, register_sampler
+from ._autograd import differentiates, transforms_active
+from ._register import batch_rows, register_sampler, run_below_autograd
 from ._sampling import COLUMNS, BoxColumns, Sampler, Where
 
 _KIND = 3
@@ -205,7 +206,11 @@ def paste_masks(
     if flat:
         masks = masks.unsqueeze(1)
     if threshold is None:
-        pasted = _values(masks, boxes, height, width, snapped)
+        arguments = (masks, boxes, height, width, snapped)
+        if torch.compiler.is_compiling() or transforms_active() or differentiates(masks, boxes):
+            pasted = _values(*arguments)
+        else:
+            pasted = run_below_autograd(_ops.paste_masks.default, arguments)
     else:
         threshold = float(threshold)
         if threshold != threshold:
