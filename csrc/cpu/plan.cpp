@@ -222,13 +222,7 @@ class Planner {
     plan.last_valid =
         static_cast<int32_t>(std::min<int64_t>(lanes_, width - first - (padded - lanes_)));
     const bool sparse = columns > 4 * int64_t{columns_.taps()} + 64;
-    // A single channel would use one lane of each vector, for every cell of the output.
-    constexpr int64_t kManyCells = 4096;
-    const bool narrow = problem_.channels == 1 &&
-                        int64_t{problem_.out_height} * problem_.out_width > kManyCells &&
-                        rows_.taps() <= 2 * int64_t{rows_.cells()} &&
-                        columns_.taps() <= 2 * int64_t{columns_.cells()};
-    plan.direct = sparse || narrow || padded > kMaxColumns || problem_.out_width > kMaxColumns ||
+    plan.direct = sparse || padded > kMaxColumns || problem_.out_width > kMaxColumns ||
                   problem_.out_height > kMaxColumns;
   }
 
@@ -286,13 +280,12 @@ class Planner {
                               interleave, columns_.low * interleave - plan.first_column, 0);
       return true;
     }
-    int32_t row = 0, end = rows_.cells();
-    while (rows_.start[row + 1] == rows_.start[row]) ++row;
-    while (rows_.start[end - 1] == rows_.start[end]) --end;
+    const Cells tapped = tapped_cells(rows_);
     const bool slopes = purpose_ == Purpose::kGradBoxes;
     // As where lanes are channels, so that a channel has the same bits alone and among many.
-    plan.y = make_table(rows_.start.data(), row, end, rows_.pixels.data(), rows_.weight.data(), 0,
-                        slopes ? Padding::kNone : Padding::kSplit, 0, arena_);
+    plan.y =
+        make_table(rows_.start.data(), tapped.first, tapped.end, rows_.pixels.data(),
+                   rows_.weight.data(), 0, slopes ? Padding::kNone : Padding::kSplit, 0, arena_);
     if (slopes) add_slopes(rows_, plan.y);
     plan.lanes =
         lane_table(columns_.start.data(), columns_.cells(), columns_.pixels.data(),

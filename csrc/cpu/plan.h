@@ -70,10 +70,8 @@ struct BoxPlan {
   int64_t box;
   int64_t image;
   int32_t level;
-  bool empty;  // reads nothing
-  /// Serve cell by cell: few cells of a wide window, one channel of many cells, or too much for
-  /// scratch.
-  bool direct;
+  bool empty;   // reads nothing
+  bool direct;  // serve cell by cell: few cells of a wide window, or too much for scratch
   bool narrow;  // few channels: lanes are cells or columns; see Note [Cells in lanes] of apply.h
 
   /// kNchw and narrow (there in elements: columns of all channels that lie between): the window,

@@ -167,14 +167,17 @@ py::dict border_taps(const Border& border, const std::vector<double>& positions,
 }
 
 /// Origin and step of the axis of a mask that is pasted into lo..hi; given_axes() samples them.
+/// The width of the mask, by which torchvision's boxes grow, is that of the axis where it is 0.
 std::tuple<double, double> paste_axis_of(const std::string& method, double lo, double hi,
-                                         int32_t mask, const std::string& dtype) {
+                                         int32_t mask, const std::string& dtype,
+                                         int32_t mask_width) {
   return with_dtype(dtype, [&](auto t) -> std::tuple<double, double> {
     using T = decltype(t);
     const T a = static_cast<T>(lo), b = static_cast<T>(hi);
     const bool snapped =
         choose<bool>("method", method, {{"detectron2", false}, {"torchvision", true}});
-    const T grow = (Rounded<T>(mask + 2) / Rounded<T>(mask)).value;
+    const double width = mask_width > 0 ? mask_width : mask;
+    const T grow = static_cast<T>((width + 2.0) / width);
     const Axis<T> axis = snapped ? snapped_paste_axis(a, b, grow, mask) : paste_axis(a, b, mask);
     return {axis.origin, axis.step};
   });
@@ -207,7 +210,8 @@ void bind_geometry(py::module_& m) {
   m.def("given_axes", [] { return Operator(GivenAxes{}); });
   m.def("axis_table", &axis_table, "op"_a, "lo"_a, "hi"_a, "cells"_a, "size"_a, "scale"_a = 1.0,
         "dtype"_a = "float64");
-  m.def("paste_axis", &paste_axis_of, "method"_a, "lo"_a, "hi"_a, "mask"_a, "dtype"_a = "float64");
+  m.def("paste_axis", &paste_axis_of, "method"_a, "lo"_a, "hi"_a, "mask"_a, "dtype"_a = "float64",
+        "mask_width"_a = 0);
 
   py::class_<Border>(m, "Border")
       .def_readonly("reach", &Border::reach)

@@ -2,7 +2,6 @@
 // glimpse_ext._testing: NumPy to the geometry, and which backend runs the operators. Tests only;
 // not part of a wheel.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -21,21 +20,6 @@ extern "C" const glimpse::Backend* glimpse_replace_backend(const glimpse::Backen
 
 namespace glimpse::testing {
 namespace {
-
-template <class T>
-py::tuple paste_axis_as(double lo, double hi, int32_t mask, int32_t mask_width, bool snapped) {
-  const T grow = static_cast<T>((mask_width + 2.0) / mask_width);
-  const Axis<T> axis = snapped
-                           ? snapped_paste_axis(static_cast<T>(lo), static_cast<T>(hi), grow, mask)
-                           : paste_axis(static_cast<T>(lo), static_cast<T>(hi), mask);
-  return py::make_tuple(axis.origin, axis.step, axis.samples);
-}
-
-py::tuple paste_axis_of(double lo, double hi, int32_t mask, int32_t mask_width, bool snapped,
-                        const std::string& dtype) {
-  if (dtype == "float64") return paste_axis_as<double>(lo, hi, mask, mask_width, snapped);
-  return paste_axis_as<float>(lo, hi, mask, mask_width, snapped);
-}
 
 const Backend* find_backend(const std::string& name) {
   if (name == "cpu") return nullptr;  // the library's own
@@ -68,8 +52,6 @@ PYBIND11_MODULE(_testing, m) {
     const glimpse::RandomBits bits = glimpse::philox(seed, c0, c1, c2, c3);
     return std::vector<uint32_t>(bits.word, bits.word + 4);
   });
-  m.def("paste_axis", &testing::paste_axis_of, "lo"_a, "hi"_a, "mask"_a, "mask_width"_a,
-        "snapped"_a, "dtype"_a = "float32", "(origin, step, samples) of one direction of a mask.");
   m.def("use_backend", &testing::use_backend, "name"_a,
         "Runs the CPU operators on a backend (cpu, simple, emulated); returns the previous name.");
 
