@@ -29,7 +29,7 @@ _ops = torch.ops.glimpse_ext
 _library_impl = torch.library.Library("glimpse_ext", "IMPL")
 
 
-def _run_below_autograd(op: Any, args: tuple[Any, ...]) -> Tensor:
+def run_below_autograd(op: Any, args: tuple[Any, ...]) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
         out: Tensor = op(*args)
     return out
@@ -230,10 +230,10 @@ def register_sampler(
             return cast(
                 Tensor,
                 SampleFunction.apply(  # type: ignore[no-untyped-call]
-                    lambda: _run_below_autograd(op, args), where, where.boxes, None, *features
+                    lambda: run_below_autograd(op, args), where, where.boxes, None, *features
                 ),
             )
-        return _run_below_autograd(op, args)
+        return run_below_autograd(op, args)
 
     def autograd_kernel(keyset: Any, *args: Any) -> Tensor:
         features, where = bind(*args)

@@ -27,8 +27,9 @@ COMMANDS = {
     "demo": Command(
         "glimpse_ext.demo",
         "demo",
-        frozenset({"matplotlib", "pycocotools", "scipy", "skimage", "tqdm"}),
-        "train a small detector on half a photograph and find the coins of the other half",
+        frozenset({"matplotlib", "pycocotools", "scipy", "skimage", "sklearn", "tqdm"}),
+        "train a small detector on half a photograph and find the coins of the other half; "
+        "--glimpse: learn where to look for a digit",
     ),
     "doctor": Command(
         "glimpse_ext.doctor",

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import arrange, random_tensor
 from kernel_cases import WORK, Outputs, Work, names, run
+
+import glimpse_ext
 
 _testing = pytest.importorskip(
     "glimpse_ext._testing", reason="an installed wheel has no test module"
@@ -60,6 +63,54 @@ def test_kernels_do_not_depend_on_the_order_of_threads(
                 step = {torch.float32: 1e-5, torch.float16: 2**-10}[reference.dtype]
                 error = (actual.double() - reference.double()).abs().max().item()
                 assert error <= step * scale, f"{name}: seed {number} is off by {error:.3g}"
+    finally:
+        _testing.use_backend(backend)
+        _testing.emulation_set_seed(seed)
+
+
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("noise", ["zero", "uniform", "gaussian"])
+def test_glimpses_do_not_depend_on_the_order_of_threads(noise: str, layout: str) -> None:
+    """Copies and the statistics behind their noise: the bits of the CPU in every order."""
+    image = arrange(random_tensor((3, 9, 21, 27), torch.float32, "glimpses"), layout)
+    # Inside, partly and wholly outside.
+    offsets = torch.tensor([[0.0, 0.1], [0.9, -0.8], [4.0, 0.0]])
+
+    def glimpses() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return glimpse_ext.extract_glimpse(image, (7, 8), offsets, noise=noise, generator=generator)
+
+    expected = glimpses()
+    backend = _testing.use_backend("emulated")
+    seed = _testing.emulation_seed()
+    try:
+        for number in SEEDS:
+            _testing.emulation_set_seed(number)
+            assert torch.equal(glimpses(), expected), f"seed {number} gives other bits"
+    finally:
+        _testing.use_backend(backend)
+        _testing.emulation_set_seed(seed)
+
+
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_paste_does_not_depend_on_the_order_of_threads(threshold: float | None) -> None:
+    """Images of 3 x 7 and of 90 x 103 pixels: several in one block, and several blocks for one."""
+    masks = random_tensor((3, 5, 4), torch.float32, "paste") + 0.5
+    backend = _testing.use_backend("emulated")
+    seed = _testing.emulation_seed()
+    try:
+        for size in ((3, 7), (90, 103)):
+            unit = torch.tensor([[0.1, 0.2, 0.7, 0.9], [-0.5, -0.5, 1.5, 1.5], [0.8, 0.1, 0.4, 2]])
+            boxes = unit * torch.tensor([size[1], size[0]] * 2)
+            _testing.use_backend("cpu")
+            expected = glimpse_ext.paste_masks(masks, boxes, size, threshold)
+            _testing.use_backend("emulated")
+            for number in SEEDS:
+                _testing.emulation_set_seed(number)
+                pasted = glimpse_ext.paste_masks(masks, boxes, size, threshold)
+                assert torch.equal(pasted, expected), f"{size}: seed {number} gives other bits"
     finally:
         _testing.use_backend(backend)
         _testing.emulation_set_seed(seed)

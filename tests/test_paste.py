@@ -395,6 +395,16 @@ def test_large_outputs_have_the_gradients_of_small_ones(device, close):
         assert_within(b, a, Tolerance(1e-9, 1e-9, "positions near 1030"), f"gradient {number}")
 
 
+@pytest.mark.filterwarnings("error")
+def test_bits_have_no_gradient(device):
+    masks, boxes = smooth_inputs(device)
+    for threshold in (0.5, -1.0):
+        pasted = glimpse_ext.paste_masks(masks.requires_grad_(), boxes, SIZE, threshold)
+        assert not pasted.requires_grad
+    assert not glimpse_ext.paste_masks(masks.detach(), boxes, SIZE, None).requires_grad
+    assert glimpse_ext.paste_masks(masks, boxes, SIZE, None).requires_grad
+
+
 def test_transforms(device, close):
     masks, boxes = smooth_inputs(device)
     stack = torch.stack([masks, masks.flip(0), masks * 2])

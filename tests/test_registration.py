@@ -116,6 +116,18 @@ def op_samples(device):
             ops.point_sample.default,
             (grads(image), grads(corners[:2, :2] / 9), False),
         ),
+        "extract_glimpse": (
+            ops.extract_glimpse.default,
+            (grads(image), corners[:2, :2] / 9, None, 2, 3, 2, True, True, 0),
+        ),
+        "extract_glimpse uint8": (
+            ops.extract_glimpse.default,
+            (image.byte(), corners[:2, :2] / 9, None, 2, 3, 1, False, True, 0),
+        ),
+        "extract_glimpse noise": (
+            ops.extract_glimpse.default,
+            (grads(last), corners[:2, :2] / 9, index[:1], 9, 3, 2, True, True, 2),
+        ),
         "subpixel_glimpse": (
             ops.subpixel_glimpse.default,
             (grads(image), grads(corners[:2, :2] / 9), 2, 3, 2, True, True, 1),

@@ -6,7 +6,8 @@
 
 #include <sys/mman.h>
 
-#include <new>
+#include <array>
+#include <optional>
 
 #include "ops/checks.h"
 #include "ops/device.h"
@@ -50,20 +51,40 @@ int64_t reached_rows(const PasteProblem& problem) {
 /// Whether the result should be memory that the system clears when it is first touched. The pages
 /// that no mask reaches then cost nothing; those that are reached cost more than memory that is
 /// used again.
-bool wants_zero_pages(const PasteProblem& problem, int64_t bytes) {
-  constexpr int64_t kWorthwhile = 1 << 20;
+bool wants_zero_pages(const PasteProblem& problem) {
+  constexpr double kLeast = 1 << 20, kMost = 1e15;  // pixels; not more than can be counted
   const bool background =
       problem.result == PasteResult::kThreshold && !(static_cast<float>(problem.threshold) > 0.0f);
-  if (bytes < kWorthwhile || background) return false;
+  const double pixels = static_cast<double>(problem.masks) * problem.height * problem.width;
+  if (background || !(pixels >= kLeast && pixels <= kMost)) return false;
   const int64_t rows = problem.dtype == Dtype::kFloat64 ? reached_rows<double>(problem)
                                                         : reached_rows<float>(problem);
   return rows < problem.masks * problem.height / 2;
 }
 
-Tensor make_zero_pages(const std::vector<int64_t>& size, const std::vector<int64_t>& strides,
-                       ScalarType type, size_t bytes, const Tensor& like) {
+size_t element_bytes(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+/// Zeros that are memory only where they are touched; none if the system gives none.
+std::optional<Tensor> make_zero_pages(const PasteProblem& problem, ScalarType type,
+                                      const Tensor& like) {
+  const int64_t plane = int64_t{problem.height} * problem.width;
+  const size_t bytes = static_cast<size_t>(problem.masks * plane) * element_bytes(type);
   void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) throw std::bad_alloc();
+  if (pages == MAP_FAILED) return std::nullopt;
+  const std::array<int64_t, 4> size = {problem.masks, 1, problem.height, problem.width};
+  const std::array<int64_t, 4> strides = {plane, plane, problem.width, 1};
   return torch::stable::from_blob(pages, {size.data(), size.size()},
                                   {strides.data(), strides.size()}, like.device(), type,
                                   [bytes](void* data) { munmap(data, bytes); });
@@ -104,29 +125,20 @@ Tensor paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t w
                           : result == PasteResult::kQuantized ? ScalarType::Byte
                           : problem.dtype == Dtype::kUInt8    ? ScalarType::Float
                                                               : masks.scalar_type();
-  const std::vector<int64_t> size = {problem.masks, 1, height, width};
+  std::optional<Tensor> image;
 #if !defined(GLIMPSE_CUDA_LIBRARY)
-  const int64_t pixels = problem.masks * height * width;
-  const int64_t bytes = pixels * (type == ScalarType::Double                                 ? 8
-                                  : type == ScalarType::Float                                ? 4
-                                  : type == ScalarType::Half || type == ScalarType::BFloat16 ? 2
-                                                                                             : 1);
-  if (wants_zero_pages(problem, bytes)) {
-    const Tensor image = make_zero_pages(size, {height * width, height * width, width, 1}, type,
-                                         static_cast<size_t>(bytes), masks);
-    problem.image = image.mutable_data_ptr();
-    problem.cleared = true;
-    current_backend().paste(problem);
-    return image;
-  }
+  if (wants_zero_pages(problem)) image = make_zero_pages(problem, type, masks);
+  problem.cleared = image.has_value();
 #endif
-  const Tensor image =
-      torch::stable::empty({size.data(), size.size()}, type, std::nullopt, masks.device());
-  if (image.numel() > 0) {
-    problem.image = image.mutable_data_ptr();
+  if (!image.has_value()) {
+    const std::array<int64_t, 4> size = {problem.masks, 1, height, width};
+    image = torch::stable::empty({size.data(), size.size()}, type, std::nullopt, masks.device());
+  }
+  if (image->numel() > 0) {
+    problem.image = image->mutable_data_ptr();
     current_backend().paste(problem);
   }
-  return image;
+  return *image;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // glimpse_ext._testing: NumPy to the geometry, and which backend runs the operators. Tests only;
 // not part of a wheel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>

@@ -15,6 +15,9 @@ pasted into the photograph by ``paste_masks``.
 `measure`       the share of pooling in a training step
 `picture`       the PNG
 ==============  ===================================================
+
+``glimpse-ext demo --glimpse`` is another one, in `reading`, `reader` and `reading_picture`: a
+recurrent reader learns where to look, by the gradient in the offsets of ``extract_glimpse``.
 """
 
 import argparse
@@ -29,7 +32,7 @@ import torch
 
 import glimpse_ext
 
-from . import data, evaluation, measure, picture, training
+from . import data, evaluation, measure, picture, reading, training
 from .pooling import GlimpsePooling
 
 STEPS = 200
@@ -69,11 +72,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a few steps only, to see that everything runs"
     )
+    parser.add_argument(
+        "--glimpse",
+        action="store_true",
+        help="instead: a reader that learns where to look for a handwritten digit "
+        f"({reading.STEPS} steps)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.steps is None:
-        arguments.steps = QUICK_STEPS if arguments.quick else STEPS
+        full, quick = (
+            (reading.STEPS, reading.QUICK_STEPS) if arguments.glimpse else (STEPS, QUICK_STEPS)
+        )
+        arguments.steps = quick if arguments.quick else full
     if arguments.steps < 1:
         parser.error("--steps must be at least 1")
     return arguments
@@ -154,6 +166,9 @@ def report(summary: dict[str, Any], out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    if arguments.glimpse:
+        device = torch.device(arguments.device)
+        return reading.main(device, arguments.seed, arguments.steps, arguments.out)
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     summary = run(
         torch.device(arguments.device), arguments.seed, arguments.steps, rounds, arguments.out
