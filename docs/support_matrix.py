@@ -146,8 +146,9 @@ def table() -> str:
         lines.append("| " + " | ".join(cells) + " |")
     note = (
         "CUDA kernels run on the host in these tests, see [docs/emulation.md](docs/emulation.md), "
-        "and on a GPU where there is one. An image of uint8 has no gradient, its boxes have. Each "
-        "cell is a test of [tests/test_operators.py](tests/test_operators.py) that exists for this "
+        "and on a GPU where there is one. An image of uint8 has no gradient, its boxes have; "
+        "`boxes` are all numbers that say where is read, points and offsets too. Each cell is a "
+        "test of [tests/test_operators.py](tests/test_operators.py) that exists for this "
         "operator; the table is written by `python docs/support_matrix.py --update`."
     )
     return "\n".join([*lines, "", note])

@@ -1044,6 +1044,9 @@ def _paste_axis(low: Tensor, high: Tensor, size: int, cells: int) -> _AxisTaps:
     cell = torch.arange(cells, device=low.device)
     step = low.new_tensor(float(size)) / (high - low)
     origin = (0.5 - low) * step - 0.5
+    if not (torch.isfinite(origin) and torch.isfinite(step)):
+        # Nothing is read, so nothing moves with the box; zero times infinity would be NaN.
+        origin, step = origin.detach(), step.detach()
     return _paste_taps(origin + cell.to(low.dtype) * step, cell, size)
 
 

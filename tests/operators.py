@@ -266,6 +266,33 @@ def _glimpse(
     )
 
 
+def _paste(method: str) -> Operator:
+    """The first channel of each image is a mask, and one of the boxes is where it belongs."""
+    size = (6, 5)
+
+    def boxes(case: Case) -> Tensor:
+        n, _, h, w = case.shape
+        scale = torch.tensor([size[1] / w, size[0] / h] * 2, dtype=F64)
+        rows = _pixel_rows(case)[:n, 1:] * scale
+        plain = torch.tensor([[0.3, 0.4, 3.1, 4.2]], dtype=F64).expand(n, 4)
+        return torch.cat([rows, plain[len(rows) :]])
+
+    return Operator(
+        f"paste_masks {method}",
+        "paste_masks(threshold=None)"
+        if method == "detectron2"
+        else f'paste_masks(threshold=None, method="{method}")',
+        boxes,
+        lambda masks, boxes, case: glimpse_ext.paste_masks(masks[:, :1], boxes, size, None, method),
+        lambda masks, boxes, case, dtype: reference.paste_masks(
+            masks[:, :1], boxes, size, None, method, dtype=dtype
+        ),
+        gradients=("image", "boxes") if method == "detectron2" else ("image",),
+        image_column=False,
+        image_rows=True,
+    )
+
+
 OPERATORS = [
     _roi_align(-1, False),
     _roi_align(2, True),
@@ -287,4 +314,6 @@ OPERATORS = [
     _glimpse(1, True, False, 2),
     _glimpse(2, True, True, 1, "exact"),
     _glimpse(1, False, True, 1, "exact"),
+    _paste("detectron2"),
+    _paste("torchvision"),
 ]

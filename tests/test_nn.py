@@ -34,6 +34,9 @@ def test_roi_align():
         equal(gnn.RoIAlign(*arguments)(IMAGE, ROWS), glimpse_ext.roi_align(IMAGE, ROWS, *arguments))
     boxes = [ROWS[:1, 1:], ROWS[1:, 1:]]
     equal(gnn.RoIAlign(2)(IMAGE, boxes), glimpse_ext.roi_align(IMAGE, boxes, 2))
+    largest = gnn.RoIAlign(2, 1.0, 3, True, "max")
+    equal(largest(IMAGE, ROWS), glimpse_ext.roi_align(IMAGE, ROWS, 2, 1.0, 3, True, mode="max"))
+    assert "mode='max'" in repr(largest)
     assert repr(gnn.RoIAlign(7, 0.25, 2)) == (
         "RoIAlign(output_size=(7, 7), spatial_scale=0.25, sampling_ratio=2, aligned=False)"
     )
@@ -163,6 +166,27 @@ def test_rotated_pooler(monkeypatch):
     got = pooler(maps, boxes)
     assert got.shape == (3, 3, 2, 2)
     assert got[:, 0, 0, 0].tolist() == [10 / 16 + 1, 1 / 8 + 2, 10 / 16 + 3]
+
+
+def test_whole_calls():
+    """The functions themselves, with the arguments of the module."""
+    rows = torch.tensor([[1, 8.0, 7.0, 9.0, 5.0, 30.0]], dtype=F64)
+    equal(
+        gnn.RoIAlignRotated(3, 0.5, 2, clockwise=True)(IMAGE, rows),
+        glimpse_ext.roi_align_rotated(IMAGE, rows, 3, 0.5, 2, clockwise=True),
+    )
+    glimpse = gnn.Glimpse(3, noise="zero", mode="subpixel", scales=(1, 2))
+    equal(
+        glimpse(IMAGE, OFFSETS),
+        glimpse_ext.extract_glimpse(
+            IMAGE, 3, OFFSETS, noise="zero", mode="subpixel", scales=(1, 2)
+        ),
+    )
+    masks, boxes = IMAGE[:, :1], ROWS[:2, 1:]
+    equal(
+        gnn.PasteMasks(None)(masks, boxes, (9, 11)),
+        glimpse_ext.paste_masks(masks, boxes, (9, 11), None),
+    )
 
 
 def test_scales_are_those_of_the_call():

@@ -8,42 +8,11 @@
 
 #include "ops/checks.h"
 #include "ops/device.h"
+#include "ops/layout.h"
 
 namespace glimpse::ops {
 
-using torch::headeronly::MemoryFormat;
-
 namespace {
-
-// Layouts are chosen as in sample.cpp: that of the map, which is read in place where the stride
-// that the layout wants to be 1 is 1.
-Layout layout_of(const Tensor& map) {
-  if (map.is_contiguous()) return Layout::kNchw;
-  return map.stride(1) == 1 && map.size(1) > 1 ? Layout::kNhwc : Layout::kNchw;
-}
-
-bool readable_as(const Tensor& map, Layout layout) {
-  return layout == Layout::kNchw ? map.stride(3) == 1 || map.size(3) == 1
-                                 : map.stride(1) == 1 || map.size(1) == 1;
-}
-
-MemoryFormat memory_format(Layout layout) {
-  return layout == Layout::kNhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout) {
-  return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(),
-                              std::nullopt, memory_format(layout));
-}
-
-Tensor dense(const Tensor& tensor, Layout layout) {
-  return torch::stable::contiguous(tensor, memory_format(layout));
-}
-
-Tensor converted(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor
-                                                                : torch::stable::to(tensor, type));
-}
 
 /// What is read and where: everything of a call but the tensor that it reads or writes.
 struct FrameSampling {

@@ -7,6 +7,7 @@
 
 #include "ops/checks.h"
 #include "ops/device.h"
+#include "ops/layout.h"
 #include "ops/library.h"
 
 namespace glimpse::ops {

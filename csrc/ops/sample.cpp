@@ -4,43 +4,14 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 
 #include "ops/checks.h"
 #include "ops/device.h"
+#include "ops/layout.h"
 
 namespace glimpse::ops {
 
-Layout layout_of(const Tensor& map) {
-  if (map.is_contiguous()) return Layout::kNchw;
-  return map.stride(1) == 1 && map.size(1) > 1 ? Layout::kNhwc : Layout::kNchw;
-}
-
-torch::headeronly::MemoryFormat memory_format(Layout layout) {
-  using torch::headeronly::MemoryFormat;
-  return layout == Layout::kNhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-Tensor converted(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor
-                                                                : torch::stable::to(tensor, type));
-}
-
 namespace {
-
-bool readable_as(const Tensor& map, Layout layout) {
-  return layout == Layout::kNchw ? map.stride(3) == 1 || map.size(3) == 1
-                                 : map.stride(1) == 1 || map.size(1) == 1;
-}
-
-Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout) {
-  return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(),
-                              std::nullopt, memory_format(layout));
-}
-
-Tensor dense(const Tensor& tensor, Layout layout) {
-  return torch::stable::contiguous(tensor, memory_format(layout));
-}
 
 /// A Problem together with the tensors that keep its pointers alive.
 class Call {

@@ -48,14 +48,6 @@ struct Sampling {
   LevelRule level_rule = {};
 };
 
-/// The layout of a call is that of its first feature map. A map is read in place whenever the
-/// stride that the layout wants to be 1 is 1; slices and crops of maps are therefore not copied.
-Layout layout_of(const Tensor& map);
-torch::headeronly::MemoryFormat memory_format(Layout layout);
-
-/// The tensor itself, or a dense copy of it in another dtype.
-Tensor converted(const Tensor& tensor, ScalarType type);
-
 /// The rule that assigns boxes to the maps of a pyramid with these scales.
 LevelRule make_level_rule(const char* name, int64_t kind, double canonical_size,
                           int64_t canonical_level, const std::vector<double>& scales);

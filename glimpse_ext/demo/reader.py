@@ -19,7 +19,7 @@ import glimpse_ext
 
 DIGIT = 8  # pixels of a side
 CANVAS = 40
-NOISE = 0.2  # standard deviation; ink is 0 to 1
+NOISE = 0.15  # standard deviation; ink is 0 to 1
 TRAINING_DIGITS = 1297  # of 1797; the last 500, of other writers, are held out
 
 GLIMPSE = 10
@@ -62,11 +62,18 @@ class Canvases:
         return Canvases(self.images.to(device), self.corners.to(device), self.labels.to(device))
 
 
-def place(digits: Digits, chosen: Tensor, generator: torch.Generator) -> Canvases:
-    """The chosen digits, each anywhere on a canvas of noise of its own."""
+def place(
+    digits: Digits, chosen: Tensor, generator: torch.Generator, spread: float = 1.0
+) -> Canvases:
+    """The chosen digits, each anywhere on a canvas of noise of its own.
+
+    spread: how far from the middle digits may lie; 1 is anywhere.
+    """
     count = len(chosen)
     images = NOISE * torch.randn(count, 1, CANVAS, CANVAS, generator=generator)
-    corners = torch.randint(CANVAS - DIGIT + 1, (count, 2), generator=generator)
+    free = CANVAS - DIGIT
+    where = 0.5 + spread * (torch.rand(count, 2, generator=generator) - 0.5)
+    corners = (where * (free + 1)).long().clamp(0, free)
     for image, corner, ink in zip(images, corners, digits.images[chosen], strict=True):
         y, x = corner.tolist()
         image[0, y : y + DIGIT, x : x + DIGIT] += ink
@@ -74,10 +81,14 @@ def place(digits: Digits, chosen: Tensor, generator: torch.Generator) -> Canvase
 
 
 def draw_canvases(
-    digits: Digits, count: int, generator: torch.Generator, device: torch.device
+    digits: Digits,
+    count: int,
+    generator: torch.Generator,
+    device: torch.device,
+    spread: float = 1.0,
 ) -> Canvases:
     chosen = torch.randint(len(digits.labels), (count,), generator=generator)
-    return place(digits, chosen, generator).to(device)
+    return place(digits, chosen, generator, spread).to(device)
 
 
 @dataclass(frozen=True)
@@ -153,16 +164,21 @@ def train(
     device: torch.device,
     title: str,
 ) -> list[float]:
-    """The loss of each step. Shows a progress bar."""
+    """The loss of each step. Shows a progress bar.
+
+    Digits lie in the middle at first and everywhere from the middle of the training on: who
+    cannot read yet has no reason to look anywhere.
+    """
     optimizer = torch.optim.Adam(reader.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=max(steps, 10), pct_start=0.1
+        optimizer, LEARNING_RATE, total_steps=max(steps, 10), pct_start=0.2
     )
     losses = []
     reader.train()
     with tqdm(total=steps, desc=title, unit="step") as bar:
-        for _ in range(steps):
-            canvases = draw_canvases(digits, BATCH_SIZE, generator, device)
+        for step in range(steps):
+            spread = min(1.0, 2 * step / steps)
+            canvases = draw_canvases(digits, BATCH_SIZE, generator, device, spread)
             reading = reader(canvases.images)
             # Each look is asked, so that the gaze has a reason to move at once.
             loss = torch.stack(

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "ops/config.h"
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+
+#include "problem.h"
+
+// How tensors lie in memory, and tensors that lie as a kernel wants them.
+
+namespace glimpse::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+/// The layout of a call is that of its first feature map. A map is read in place whenever the
+/// stride that the layout wants to be 1 is 1; slices and crops of maps are therefore not copied.
+Layout layout_of(const Tensor& map);
+bool readable_as(const Tensor& map, Layout layout);
+
+torch::headeronly::MemoryFormat memory_format(Layout layout);
+
+Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout);
+
+/// `tensor` without gaps in `layout`; itself where it is so.
+Tensor dense(const Tensor& tensor, Layout layout);
+
+/// `tensor` contiguous and of `type`; itself where it is so.
+Tensor converted(const Tensor& tensor, ScalarType type);
+
+}  // namespace glimpse::ops
