@@ -42,6 +42,8 @@ class Operator:
     ours: Make
     reference: Make
     peers: tuple[Peer, ...]
+    differentiable: bool = True  # False: only the forward is timed
+    error: float | None = None  # the largest accepted one, where it is not that of the dtype
 
 
 def per_image(work: Workload, boxes: Tensor) -> list[Tensor]:
@@ -130,6 +132,123 @@ def _grid_sample_multiscale(work: Workload, boxes: Tensor, dtype: torch.dtype) -
     )
 
 
+# --------------------------------------------------------------------------------- crops, rotated
+
+
+def _ours_crop(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    size, index = work.output_size, boxes[:, 0].long()
+    return lambda maps: glimpse_ext.crop(
+        maps[0], boxes[:, 1:], size, box_format="pixels", image_index=index
+    )
+
+
+def _reference_crop(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    size, index = work.output_size, boxes[:, 0].long()
+    return lambda maps: reference.crop(
+        maps[0], boxes[:, 1:], size, box_format="pixels", image_index=index
+    )
+
+
+def _grid_sample_crop(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    return lambda maps: _grid_sample.crop(maps[0], boxes, work.output_size)
+
+
+def _fractions(work: Workload, boxes: Tensor) -> Tensor:
+    """Boxes of the image as y1, x1, y2, x2 for crop_and_resize."""
+    height, width = work.image
+    return boxes[:, [2, 1, 4, 3]] / boxes.new_tensor([height, width, height, width])
+
+
+def _ours_crop_and_resize(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    index, size = boxes[:, 0].long(), work.output_size
+    return lambda maps: glimpse_ext.crop_and_resize(maps[0], _fractions(work, boxes), index, size)
+
+
+def _reference_crop_and_resize(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    index, size = boxes[:, 0].long(), work.output_size
+    return lambda maps: reference.crop_and_resize(maps[0], _fractions(work, boxes), index, size)
+
+
+def _grid_sample_crop_and_resize(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    fractions = _fractions(work, boxes)
+    return lambda maps: _grid_sample.crop_and_resize(
+        maps[0], fractions, boxes[:, 0], work.output_size
+    )
+
+
+def _copies_crop_and_resize(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    """As it is mostly written: a copy of the map for each box."""
+    fractions, index = _fractions(work, boxes), boxes[:, 0].long()
+    first = torch.arange(len(boxes), device=boxes.device)
+    return lambda maps: _grid_sample.crop_and_resize(
+        maps[0][index], fractions, first, work.output_size
+    )
+
+
+def _turned(boxes: Tensor) -> Tensor:
+    """Boxes of half the size with an angle each: image, centre x, centre y, width, height, degrees.
+
+    Half the size, so that they lie inside the image however they are turned.
+    """
+    angle = torch.linspace(-90, 90, max(len(boxes), 1), dtype=boxes.dtype, device=boxes.device)
+    low, high = boxes[:, 1:3], boxes[:, 3:5]
+    middle, sides = (low + high) / 2, (high - low) / 2
+    return torch.cat([boxes[:, :1], middle, sides, angle[: len(boxes), None]], dim=1)
+
+
+def _ours_rotated(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    size, scale, ratio = work.output_size, work.scales[0], work.sampling_ratio
+    return lambda maps: glimpse_ext.roi_align_rotated(maps[0], _turned(boxes), size, scale, ratio)
+
+
+def _reference_rotated(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    size, scale, ratio = work.output_size, work.scales[0], work.sampling_ratio
+    return lambda maps: reference.roi_align_rotated(maps[0], _turned(boxes), size, scale, ratio)
+
+
+def _grid_sample_rotated(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    size, scale, ratio = work.output_size, work.scales[0], work.sampling_ratio
+    turned = _turned(boxes)
+    return lambda maps: _grid_sample.roi_align_rotated(maps[0], turned, size, scale, ratio)
+
+
+# --------------------------------------------------------------------------------- without gradient
+
+
+def _ours_paste(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    return lambda masks: glimpse_ext.paste_masks(masks[0], boxes[:, 1:], work.image)
+
+
+def _reference_paste(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    return lambda masks: reference.paste_masks(masks[0], boxes[:, 1:], work.image)
+
+
+def _detectron2_paste(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    """The way of detectron2's CPU path."""
+    return lambda masks: _grid_sample.paste_masks(masks[0], boxes[:, 1:], work.image)
+
+
+def _offsets(work: Workload, boxes: Tensor) -> Tensor:
+    """The middle of each box, as offsets from the middle of the image: y, x."""
+    extent = boxes.new_tensor([work.image[1], work.image[0]])
+    return ((boxes[:, 1:3] + boxes[:, 3:5]) / extent - 1)[:, [1, 0]]
+
+
+def _ours_glimpse(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    offsets, size = _offsets(work, boxes), work.output_size
+    return lambda maps: glimpse_ext.extract_glimpse(maps[0], size, offsets, noise="zero")
+
+
+def _reference_glimpse(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    offsets, size = _offsets(work, boxes), work.output_size
+    return lambda maps: reference.extract_glimpse(maps[0], (size, size), offsets, dtype=dtype)
+
+
+def _grid_sample_glimpse(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    offsets, size = _offsets(work, boxes), work.output_size
+    return lambda maps: _grid_sample.extract_glimpse(maps[0], size, offsets)
+
+
 OPERATORS = {
     "roi_align": Operator(
         _ours,
@@ -150,6 +269,33 @@ OPERATORS = {
             ),
             Peer("grid_sample", _grid_sample_multiscale),
         ),
+    ),
+    "crop": Operator(_ours_crop, _reference_crop, (Peer("grid_sample", _grid_sample_crop),)),
+    "crop_and_resize": Operator(
+        _ours_crop_and_resize,
+        _reference_crop_and_resize,
+        (
+            Peer("grid_sample", _grid_sample_crop_and_resize),
+            Peer("grid_sample copies", _copies_crop_and_resize),
+        ),
+    ),
+    "roi_align_rotated": Operator(
+        _ours_rotated, _reference_rotated, (Peer("grid_sample", _grid_sample_rotated),)
+    ),
+    # A pixel whose value is the threshold but for its last bits may fall on either side.
+    "paste_masks": Operator(
+        _ours_paste,
+        _reference_paste,
+        (Peer("detectron2's way", _detectron2_paste),),
+        differentiable=False,
+        error=2e-3,
+    ),
+    "extract_glimpse": Operator(
+        _ours_glimpse,
+        _reference_glimpse,
+        (Peer("grid_sample", _grid_sample_glimpse),),
+        differentiable=False,
+        error=0.0,
     ),
 }
 PEER_NAMES = tuple(dict.fromkeys(p.name for operator in OPERATORS.values() for p in operator.peers))

@@ -14,7 +14,13 @@ from .report import Results, format_ratio, peers_in, rows_of_setting, setting_na
 from .suite import Row
 
 # Distinguishable with any colour vision and in grey.
-COLOURS = {"torchvision": "#0072b2", "torchvision float32": "#56b4e9", "grid_sample": "#e69f00"}
+COLOURS = {
+    "torchvision": "#0072b2",
+    "torchvision float32": "#56b4e9",
+    "grid_sample": "#e69f00",
+    "grid_sample copies": "#d55e00",
+    "detectron2's way": "#009e73",
+}
 PANELS_PER_LINE = 2
 BAR = 0.8  # of the space of a row
 

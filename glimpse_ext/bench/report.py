@@ -217,7 +217,7 @@ def rows_of_setting(rows: Sequence[Row], name: str) -> list[Row]:
 def markdown(results: Results) -> str:
     """The table of the README: one line per workload and direction, one column per setting."""
     rows: list[Row] = [row for row in results["rows"] if row["ok"]]
-    settings, peers = setting_names(rows), peers_in(rows)
+    settings = setting_names(rows)
     if not rows:
         return "No row was timed.\n"
     found = {(r["workload"], r["direction"], _column(r)): r for r in rows}
@@ -228,18 +228,20 @@ def markdown(results: Results) -> str:
     commit = f", commit {commit[:10]}{changed}" if commit else ""
     lines = [
         f"{where}, {machine['cores']} cores, torch {versions['torch']}, torchvision "
-        f"{versions['torchvision']}, {results['date'][:10]}{commit}. Cells: time of "
-        f"{' / '.join(peers)} over ours, then our time (× the floor)."
+        f"{versions['torchvision']}, {results['date'][:10]}{commit}. Cells: time of the peers over "
+        "ours, then our time (× the floor)."
     ]
     if results["quick"]:
         lines += ["", "Made by `--quick`: smaller workloads."]
     lines += [
         "",
-        "| workload | direction | " + " | ".join(settings) + " |",
-        "|---|---|" + "---|" * len(settings),
+        "| workload | direction | peers | " + " | ".join(settings) + " |",
+        "|---|---|---|" + "---|" * len(settings),
     ]
     for workload, direction in dict.fromkeys((r["workload"], r["direction"]) for r in rows):
         cells = []
+        here = [r for r in rows if (r["workload"], r["direction"]) == (workload, direction)]
+        peers = peers_in(here)
         for setting in settings:
             row = found.get((workload, direction, setting))
             if row is None:
@@ -253,7 +255,7 @@ def markdown(results: Results) -> str:
             floor = "" if row["seconds"] < 1e-4 else f" ({row['times_floor']:.2g}×)"
             bold = "" if own or slower_than(row) else "**"
             cells.append(f"{bold}{compared}{bold}, {time}{floor}")
-        lines.append(f"| {workload} | {direction} | {' | '.join(cells)} |")
+        lines.append(f"| {workload} | {direction} | {' / '.join(peers)} | {' | '.join(cells)} |")
     names = dict.fromkeys((row["workload"], row["what"]) for row in rows)
     lines += ["", "; ".join(f"{name} {what}" for name, what in names) + "."]
     if any(not p.get("accurate", True) for row in rows for p in row["peers"].values()):

@@ -38,6 +38,7 @@ REFERENCE_BOXES = 48
 # From a call of this length on, `_forecast` takes the time to be proportional to the boxes.
 LONG_SECONDS = 1.0
 REFERENCE_CHANNELS = 2
+REFERENCE_MASKS = 5
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,14 @@ class Plan:
                         for threads in self.threads if device == "cpu" else self.threads[:1]:
                             yield Setting(workload, torch.device(device), dtype, layout, threads)
 
+    def directions_of(self, workload: Workload) -> tuple[str, ...]:
+        if OPERATORS[workload.operator].differentiable:
+            return self.directions
+        return tuple(d for d in self.directions if d == "forward")
+
     @property
     def steps(self) -> int:
-        return len(list(self.settings())) * len(self.directions)
+        return sum(len(self.directions_of(setting.work)) for setting in self.settings())
 
 
 @dataclass(frozen=True)
@@ -147,9 +153,25 @@ def relative_error(values: Sequence[Tensor | None], expected: Sequence[Tensor]) 
     return math.sqrt(difference / norm) if norm > 0 else math.sqrt(difference)
 
 
+def _expected_value(setting: Setting, maps: Sequence[Tensor], boxes: Tensor) -> Expected:
+    """As expected_result where there is a value only, whose limit is that of the operator."""
+    work, operator = setting.work, OPERATORS[setting.work.operator]
+    # Masks have a row of their own for each box, so some of them are enough.
+    step = max(1, len(boxes) // REFERENCE_MASKS) if work.mask else 1
+    few, thin = boxes[::step], [m[::step] if work.mask else m for m in maps]
+    own = operator.ours(work, few, setting.dtype)(thin)
+    error = relative_error([own], [operator.reference(work, few, setting.dtype)(thin).double()])
+    if not error <= (operator.error or 0):
+        raise RuntimeError(f"bench: {setting} forward differs from the reference by {error:.1e}")
+    pooled = operator.ours(work, boxes, setting.dtype)(maps)
+    return Expected(pooled.double(), boxes.new_empty(0), [], boxes.new_empty(0))
+
+
 def expected_result(setting: Setting, maps: Sequence[Tensor], boxes: Tensor) -> Expected:
     """Our float64 result; a part of it is compared with the reference, which would take minutes."""
     work, operator = setting.work, OPERATORS[setting.work.operator]
+    if not operator.differentiable:
+        return _expected_value(setting, maps, boxes)
     few = boxes[:: max(1, len(boxes) // REFERENCE_BOXES)]
     thin = [m[:, :: max(1, work.channels - 1)][:, :REFERENCE_CHANNELS] for m in maps]
     generator = torch.Generator().manual_seed(7)
@@ -212,6 +234,8 @@ def make_call(
 def touched_pixels(setting: Setting, boxes: Tensor) -> int:
     """Pixels of all maps and images that some box reads."""
     work = setting.work
+    if not OPERATORS[work.operator].differentiable:
+        return 0
     shapes = [(work.batch, 1, *size) for size in work.sizes]
     leaves = [torch.zeros(s, device=setting.device, requires_grad=True) for s in shapes]
     pooled = OPERATORS[work.operator].ours(work, boxes, torch.float32)(leaves)
@@ -222,6 +246,10 @@ def touched_pixels(setting: Setting, boxes: Tensor) -> int:
 def floor_bytes(setting: Setting, touched: int, maps: Sequence[Tensor]) -> dict[str, int]:
     """Unique bytes that must be read and written."""
     work, size = setting.work, maps[0].element_size()
+    if work.mask:
+        return {"forward": maps[0].nbytes + work.boxes * work.image[0] * work.image[1]}
+    if not OPERATORS[work.operator].differentiable:
+        return {"forward": 2 * work.boxes * work.channels * work.output_size**2 * size}
     read = touched * work.channels * size
     pooled = work.boxes * work.channels * work.output_size**2 * size
     gradient = sum(m.nbytes for m in maps)
@@ -236,6 +264,8 @@ def floor_bytes(setting: Setting, touched: int, maps: Sequence[Tensor]) -> dict[
 def _forecast(make: Make, setting: Setting, maps: Sequence[Tensor], boxes: Tensor) -> float:
     """Seconds of a forward with all boxes, by ever more of them until it takes a while."""
     seconds, count = 0.0, min(4, len(boxes))
+    if setting.work.batch == len(boxes) or setting.work.mask:
+        count = len(boxes)  # each image or mask has its box
     while True:
         few = boxes[torch.linspace(0, len(boxes) - 1, count).long().to(boxes.device)]
         pool = make(setting.work, few, setting.dtype)
@@ -304,7 +334,7 @@ class Runner:
         expected = self._expected[key]
         floors = floor_bytes(setting, touched_pixels(setting, boxes), sets[0])
         makes, left_out = self._implementations(setting, sets[0], boxes)
-        for direction in self.plan.directions:
+        for direction in self.plan.directions_of(work):
             row: Row = {
                 "workload": work.name,
                 "what": work.what,
@@ -360,6 +390,9 @@ class Runner:
     ) -> Row:
         right = expected.of(direction)
         limit = BOX_ERROR if direction == "box gradient" else OUR_ERROR[setting.dtype]
+        own_limit = OPERATORS[setting.work.operator].error
+        if own_limit is not None:
+            limit = own_limit
         calls: dict[str, Call] = {}
         errors: dict[str, float] = {}
         failed: dict[str, Row] = {}

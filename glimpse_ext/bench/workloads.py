@@ -35,6 +35,8 @@ class Workload:
     aligned: bool
     image: tuple[int, int] = (800, 1344)
     batch: int = 1
+    mask: int = 0
+    """Side of the masks that are pasted; 0: feature maps are read."""
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -46,17 +48,20 @@ class Workload:
 
     def quick(self) -> "Workload":
         """About an eighth of the work; call overhead stays what it is."""
-        if self.channels < 64:
+        if self.boxes < 10:
             return self
-        return replace(self, channels=self.channels // 4, boxes=self.boxes // 2)
+        channels = self.channels // 4 if self.channels >= 64 else self.channels
+        batch = self.batch // 2 if self.batch == self.boxes else self.batch
+        return replace(self, channels=channels, boxes=self.boxes // 2, batch=batch)
 
     def tiny(self) -> "Workload":
         """A size for tests: only good to see that everything runs."""
         low, high = self.sides
         return replace(
             self,
-            channels=4,
+            channels=min(self.channels, 4),
             boxes=6,
+            batch=min(self.batch, 6),
             sides=(min(low, 24), min(high, 90)),
             image=(64, 96),
         )
@@ -82,8 +87,11 @@ class Workload:
         return torch.cat([image[:, None].double(), corner, corner + sides], 1).float()
 
     def make_features(self, dtype: torch.dtype, layout: str, seed: int = 0) -> list[Tensor]:
-        """Normal random maps on the CPU, one per stride."""
+        """Normal random maps on the CPU, one per stride; or masks ``[K, 1, M, M]`` from 0 to 1."""
         generator = torch.Generator().manual_seed(seed)
+        if self.mask:
+            shape = (self.boxes, 1, self.mask, self.mask)
+            return [torch.rand(shape, generator=generator).to(dtype)]
         maps = []
         for height, width in self.sizes:
             shape = (self.batch, self.channels, height, width)
@@ -181,6 +189,101 @@ WORKLOADS = [
         sampling_ratio=2,
         aligned=True,
         image=(256, 256),
+    ),
+    Workload(
+        name="W6a",
+        what="paste_100: bool masks of 28x28 into 800x1333",
+        operator="paste_masks",
+        strides=(1,),
+        channels=1,
+        boxes=100,
+        sides=(64, 400),
+        output_size=0,
+        sampling_ratio=1,
+        aligned=True,
+        image=(800, 1333),
+        mask=28,
+    ),
+    Workload(
+        name="W6b",
+        what="paste_100: bool masks of 28x28 into 1080x1920",
+        operator="paste_masks",
+        strides=(1,),
+        channels=1,
+        boxes=100,
+        sides=(64, 540),
+        output_size=0,
+        sampling_ratio=1,
+        aligned=True,
+        image=(1080, 1920),
+        mask=28,
+    ),
+    Workload(
+        name="W7",
+        what="glimpse_64: exact windows of 64x64, zeros outside",
+        operator="extract_glimpse",
+        strides=(1,),
+        channels=3,
+        boxes=64,
+        sides=(64, 65),
+        output_size=64,
+        sampling_ratio=1,
+        aligned=True,
+        image=(224, 224),
+        batch=64,
+    ),
+    Workload(
+        name="W8a",
+        what="crop_64: boxes of images to 112x112",
+        operator="crop",
+        strides=(1,),
+        channels=3,
+        boxes=64,
+        sides=(120, 215),
+        output_size=112,
+        sampling_ratio=1,
+        aligned=True,
+        image=(224, 224),
+        batch=64,
+    ),
+    Workload(
+        name="W8b",
+        what="crop_64: boxes of images to 224x224",
+        operator="crop",
+        strides=(1,),
+        channels=3,
+        boxes=64,
+        sides=(120, 215),
+        output_size=224,
+        sampling_ratio=1,
+        aligned=True,
+        image=(224, 224),
+        batch=64,
+    ),
+    Workload(
+        name="W9",
+        what="crop_and_resize_100: 14x14 of a feature map",
+        operator="crop_and_resize",
+        strides=(8,),
+        channels=256,
+        boxes=100,
+        sides=(64, 400),
+        output_size=14,
+        sampling_ratio=1,
+        aligned=True,
+        batch=2,
+    ),
+    Workload(
+        name="W10",
+        what="rotated: boxes of the size of W1 at all angles",
+        operator="roi_align_rotated",
+        strides=(4,),
+        channels=256,
+        boxes=512,
+        sides=(32, 224),
+        output_size=7,
+        sampling_ratio=2,
+        aligned=True,
     ),
 ]
 
