@@ -114,3 +114,47 @@ def test_paste_does_not_depend_on_the_order_of_threads(threshold: float | None) 
     finally:
         _testing.use_backend(backend)
         _testing.emulation_set_seed(seed)
+
+
+def _frame_outputs(mode: str, image: torch.Tensor, boxes: torch.Tensor) -> Outputs:
+    """A pooled value, and its gradients to the image and the boxes."""
+    image, boxes = image.detach().requires_grad_(), boxes.detach().requires_grad_()
+    if mode == "rotated":
+        pooled = glimpse_ext.roi_align_rotated(image, boxes, (5, 6), 0.9, 2)
+    else:
+        pooled = glimpse_ext.roi_align(image, boxes[:, :5], (5, 6), 0.9, 2, mode="max")
+    up = random_tensor(tuple(pooled.shape), image.dtype, "frames up")
+    return pooled.detach(), *torch.autograd.grad(pooled, (image, boxes), up)
+
+
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [3, 40])
+@pytest.mark.parametrize("mode", ["rotated", "max"])
+def test_frames_do_not_depend_on_the_order_of_threads(
+    mode: str, channels: int, dtype: torch.dtype, layout: str
+) -> None:
+    """Every order gives the bits of every other, and the numbers of the CPU kernels."""
+    image = arrange(random_tensor((2, channels, 19, 23), dtype, "frames"), layout)
+    unit = random_tensor((9, 6), torch.float32, "frames boxes")
+    boxes = unit * torch.tensor([0.99, 12, 10, 14, 12, 180]) + torch.tensor([1.0, 11, 9, 15, 13, 0])
+    boxes[:, 0] = boxes[:, 0].floor()
+    expected = _frame_outputs(mode, image, boxes)
+    backend = _testing.use_backend("emulated")
+    seed = _testing.emulation_seed()
+    try:
+        first: Outputs | None = None
+        for number in SEEDS:
+            _testing.emulation_set_seed(number)
+            outputs = _frame_outputs(mode, image, boxes)
+            first = first or outputs
+            for actual, same, reference in zip(outputs, first, expected, strict=True):
+                assert torch.equal(actual, same), f"seed {number} gives other bits"
+                scale = max(1.0, reference.abs().max().item())
+                step = 2**-10 if dtype == torch.float16 else 1e-5
+                error = (actual.double() - reference.double()).abs().max().item()
+                assert error <= step * scale, f"seed {number} is off by {error:.3g}"
+    finally:
+        _testing.use_backend(backend)
+        _testing.emulation_set_seed(seed)
