@@ -133,7 +133,10 @@ bool sample_nchw(const Problem& problem) {
 
 template <class T>
 void sample_tuned(const Problem& problem) {
-  if (tables_apply(problem)) {
+  // Points: a block and its tables for four pixels of each channel would be mostly overhead.
+  const bool points =
+      problem.out_height == 1 && problem.out_width == 1 && problem.op.fixed_samples() == 1;
+  if (tables_apply(problem) && !points) {
     if (problem.layout == Layout::kNhwc ? sample_nhwc<T>(problem) : sample_nchw<T>(problem)) return;
   }
   sample_simple<T>(problem);
