@@ -117,29 +117,37 @@ def test_paste_does_not_depend_on_the_order_of_threads(threshold: float | None) 
 
 
 def _frame_outputs(mode: str, image: torch.Tensor, boxes: torch.Tensor) -> Outputs:
-    """A pooled value, and its gradients to the image and the boxes."""
+    """A pooled value, its gradients to the image and the boxes, and the first one's to the up."""
     image, boxes = image.detach().requires_grad_(), boxes.detach().requires_grad_()
-    if mode == "rotated":
-        pooled = glimpse_ext.roi_align_rotated(image, boxes, (5, 6), 0.9, 2)
-    else:
+    if mode.endswith("max"):
         pooled = glimpse_ext.roi_align(image, boxes[:, :5], (5, 6), 0.9, 2, mode="max")
-    up = random_tensor(tuple(pooled.shape), image.dtype, "frames up")
-    return pooled.detach(), *torch.autograd.grad(pooled, (image, boxes), up)
+    else:
+        pooled = glimpse_ext.roi_align_rotated(image, boxes, (5, 6), 0.9, 2)
+    up = random_tensor(tuple(pooled.shape), image.dtype, "frames up").requires_grad_()
+    grads = torch.autograd.grad(pooled, (image, boxes), up, create_graph=True)
+    again = torch.autograd.grad(grads[0], up, image.detach())
+    return tuple(t.detach() for t in (pooled, *grads, *again))
 
 
 @pytest.mark.usefixtures("hostile_memory")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("channels", [3, 40])
-@pytest.mark.parametrize("mode", ["rotated", "max"])
+@pytest.mark.parametrize("mode", ["rotated", "dense rotated", "max", "dense max"])
 def test_frames_do_not_depend_on_the_order_of_threads(
     mode: str, channels: int, dtype: torch.dtype, layout: str
 ) -> None:
     """Every order gives the bits of every other, and the numbers of the CPU kernels."""
     image = arrange(random_tensor((2, channels, 19, 23), dtype, "frames"), layout)
-    unit = random_tensor((9, 6), torch.float32, "frames boxes")
+    # Dense: more boxes and more of their cells touch a pixel than a block lists at a time.
+    dense = mode.startswith("dense")
+    unit = random_tensor((40 if dense else 9, 6), torch.float32, "frames boxes")
     boxes = unit * torch.tensor([0.99, 12, 10, 14, 12, 180]) + torch.tensor([1.0, 11, 9, 15, 13, 0])
     boxes[:, 0] = boxes[:, 0].floor()
+    if dense:
+        boxes[:, 3:5] = boxes[:, 3:5] % 2 + 0.5
+        if mode == "dense max":
+            boxes[:, 3:5] += boxes[:, 1:3]
     expected = _frame_outputs(mode, image, boxes)
     backend = _testing.use_backend("emulated")
     seed = _testing.emulation_seed()

@@ -313,9 +313,7 @@ __global__ void __launch_bounds__(kFrameThreads, 1)
       // A pixel that is done with this box has -1 there, and lists nothing.
       if (warp == 0) resume[0][lane] = again ? left_at : 0;
       first += again ? last : kTileWarps;
-      __syncthreads();
     }
-    __syncthreads();
   }
 
   GLIMPSE_UNROLL
