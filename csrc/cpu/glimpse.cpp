@@ -135,6 +135,7 @@ struct Lanes {
 /// lane, lane + 1, ...
 template <class T, class Visit>
 void for_each_run(const GlimpseProblem& problem, int64_t n, int64_t c, const Visit& visit) {
+  if (problem.height == 0 || problem.width == 0) return;  // there may be no memory either
   const T* plane =
       static_cast<const T*>(problem.image) + n * problem.stride_n + c * problem.stride_c;
   int32_t lane = 0;

@@ -67,23 +67,27 @@ __global__ void __launch_bounds__(kGlimpseThreads)
 
     const GlimpseWindow window = glimpse_window(problem, n);
     const bool row_inside = y >= window.y.begin && y < window.y.end;
-    const T* pixels = static_cast<const T*>(problem.image) + n * problem.stride_n +
-                      (window.y.first + y) * problem.stride_h;
+    // Offsets become pointers where the image is read; elsewhere it may have no memory at all.
+    const T* image = static_cast<const T*>(problem.image);
+    const int64_t pixels = n * problem.stride_n + (window.y.first + y) * problem.stride_h;
     T* target = static_cast<T*>(problem.output) + index * kPack;
     if constexpr (kPack > 1) {
-      const T* source = pixels + (nhwc ? 0 : c * problem.stride_c) + window.x.first * unit + first;
       const bool whole = row_inside && first >= window.x.begin * unit &&
                          first + kPack <= window.x.end * unit && dense;
-      if (whole && reinterpret_cast<uintptr_t>(source) % sizeof(uint4) == 0) {
-        *reinterpret_cast<uint4*>(target) = load_readonly(reinterpret_cast<const uint4*>(source));
-        continue;
+      if (whole) {
+        const T* source =
+            image + (pixels + (nhwc ? 0 : c * problem.stride_c) + window.x.first * unit + first);
+        if (reinterpret_cast<uintptr_t>(source) % sizeof(uint4) == 0) {
+          *reinterpret_cast<uint4*>(target) = load_readonly(reinterpret_cast<const uint4*>(source));
+          continue;
+        }
       }
     }
     T values[kPack];
     GLIMPSE_UNROLL
     for (int i = 0; i < kPack; ++i) {
       if (row_inside && x >= window.x.begin && x < window.x.end) {
-        values[i] = pixels[c * problem.stride_c + (window.x.first + x) * problem.stride_w];
+        values[i] = image[pixels + c * problem.stride_c + (window.x.first + x) * problem.stride_w];
       } else {
         values[i] = fill.template at<T>(problem, n, c, y, x);
       }
