@@ -134,15 +134,16 @@ __global__ void __launch_bounds__(kStatisticsLanes)
   const int64_t plane = blockIdx.x;
   const int64_t n = plane / problem.channels;
   if (!leaves_image(problem, glimpse_window(problem, n))) return;
-  const T* pixels = static_cast<const T*>(problem.image) + n * problem.stride_n +
-                    (plane - n * problem.channels) * problem.stride_c;
+  const T* image = static_cast<const T*>(problem.image);  // without memory where it has no pixel
+  const int64_t pixels = n * problem.stride_n + (plane - n * problem.channels) * problem.stride_c;
   const int64_t count = int64_t{problem.height} * problem.width;
 
   // Calls visit(v) for the pixels of this thread's lane, in order.
   const auto for_each_pixel = [&](const auto& visit) {
     for (int64_t i = threadIdx.x; i < count; i += kStatisticsLanes) {
       const int64_t y = i / problem.width, x = i - y * problem.width;
-      visit(static_cast<double>(load_value(pixels[y * problem.stride_h + x * problem.stride_w])));
+      const int64_t at = pixels + y * problem.stride_h + x * problem.stride_w;
+      visit(static_cast<double>(load_value(image[at])));
     }
   };
   Range range = Range::none();
