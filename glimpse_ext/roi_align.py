@@ -77,6 +77,7 @@ def roi_align(
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
+    *,
     mode: str = "mean",
 ) -> Tensor:
     """Mean of bilinear samples in each cell of each box (RoIAlign, He et al. 2017).
