@@ -123,16 +123,16 @@ def _offsets(centered: bool, normalized: bool) -> Callable[[Case], Tensor]:
 
 def _roi_align(ratio: int, aligned: bool, mode: str = "mean") -> Operator:
     def arguments(case: Case) -> tuple[object, ...]:
-        return case.output_size, case.spatial_scale, ratio, aligned, mode
+        return case.output_size, case.spatial_scale, ratio, aligned
 
     samples = str(ratio) if ratio > 0 else "adaptive"
     return Operator(
         f"roi_align {'aligned' if aligned else 'legacy'} {samples} {mode}",
         "roi_align" if mode == "mean" else f'roi_align(mode="{mode}")',
         lambda case: case.boxes(),
-        lambda image, boxes, case: glimpse_ext.roi_align(image, boxes, *arguments(case)),
+        lambda image, boxes, case: glimpse_ext.roi_align(image, boxes, *arguments(case), mode=mode),
         lambda image, boxes, case, dtype: reference.roi_align(
-            image, boxes, *arguments(case), dtype=dtype
+            image, boxes, *arguments(case), mode=mode, dtype=dtype
         ),
         linear=mode == "mean",
     )
