@@ -157,7 +157,6 @@ class Planner {
     plan.narrow = false;
     if (box.level < 0) return;
     const Level& level = problem_.level[box.level];
-    if (level.height == 0 || level.width == 0) return;
     const BoxAxis<A> along_y = box_axis(problem_, box, kY);
     const BoxAxis<A> along_x = box_axis(problem_, box, kX);
     plan.axis[kY] = along_y.axis;

@@ -22,16 +22,6 @@ int64_t pooled_offset(const Problem& problem, int64_t k, int64_t c, int64_t y, i
   return ((k * problem.channels + c) * problem.out_height + y) * problem.out_width + x;
 }
 
-/// read_box, with level -1 also where the map has no pixels.
-template <class T>
-Box<T> readable_box(const Problem& problem, int64_t k) {
-  Box<T> box = read_box<T>(problem, k);
-  if (box.level < 0) return box;
-  const Level& level = problem.level[box.level];
-  if (level.height == 0 || level.width == 0) box.level = -1;
-  return box;
-}
-
 int64_t level_offset(const Level& level, int64_t n, int64_t c, int64_t y, int64_t x) {
   return n * level.stride_n + c * level.stride_c + y * level.stride_h + x * level.stride_w;
 }
@@ -54,7 +44,7 @@ void sample_typed(const Problem& problem) {
   using Number = acc_t<T>;
   auto* pooled = static_cast<pooled_t<T>*>(problem.pooled);
   for (int64_t k = 0; k < problem.boxes; ++k) {
-    const Box<Number> box = readable_box<Number>(problem, k);
+    const Box<Number> box = read_box<Number>(problem, k);
     for (int64_t c = 0; c < problem.channels; ++c) {
       for (int32_t i = 0; i < problem.out_height; ++i) {
         for (int32_t j = 0; j < problem.out_width; ++j) {
@@ -110,7 +100,7 @@ void grad_features_typed(const Problem& problem) {
       for (int64_t c = 0; c < problem.channels; ++c) {
         plane.assign(static_cast<int64_t>(level.height) * level.width, 0.0);
         for (int64_t k = 0; k < problem.boxes; ++k) {
-          const Box<Number> box = readable_box<Number>(problem, k);
+          const Box<Number> box = read_box<Number>(problem, k);
           if (box.level == l && box.image == n) add_box<T>(problem, k, box, c, plane);
         }
         for (int32_t y = 0; y < level.height; ++y) {
@@ -166,7 +156,7 @@ void grad_boxes_typed(const Problem& problem) {
   using Number = acc_t<T>;
   auto* rows = static_cast<Number*>(problem.grad_box);
   for (int64_t k = 0; k < problem.boxes; ++k) {
-    const Box<Number> box = readable_box<Number>(problem, k);
+    const Box<Number> box = read_box<Number>(problem, k);
     Number* row = rows + k * problem.box_columns;
     std::fill_n(row, problem.box_columns, Number(0));
     if (box.level < 0) continue;

@@ -128,8 +128,6 @@ struct Glimpse {
 /// Axes as they are, one sample per cell, zeros outside: what paste_masks reads of a mask.
 /// Box: origin y, origin x, step y, step x, in pixels.
 struct GivenAxes {
-  int32_t unused;
-
   GLIMPSE_HD Border border() const { return zeros_border(); }
   GLIMPSE_HD int32_t box_columns() const { return 4; }
   GLIMPSE_HD Columns columns(int32_t direction) const { return {direction, direction + 2}; }
