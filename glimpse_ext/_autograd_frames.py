@@ -27,13 +27,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ._autograd import differentiates, transforms_active
-from ._register import _dims, _flat, _library_impl, _memory_format, _optional_flat, _to_front
+from ._autograd import (
+    BelowAutograd,
+    differentiates,
+    is_eager,
+    plain_apply,
+    requires_grad,
+    transforms_active,
+)
+from ._register import (
+    _dims,
+    _flat,
+    _library_impl,
+    _memory_format,
+    _optional_flat,
+    _to_front,
+    run_below_autograd,
+)
 from ._sampling import is_channels_last
 
 _ops = torch.ops.glimpse_ext
@@ -109,29 +125,59 @@ def _place(args: Sequence[Any]) -> FrameWhere:
 
 
 def sample(input: Tensor, where: FrameWhere) -> Tensor:
-    if transforms_active():
-        return _apply(_Sample, input, *where)
-    out: Tensor = _ops._frames_sample.default(input, *where.arguments())
+    args = (input, *where.arguments())
+    out: Tensor = _call(_Sample, (input, *where), _ops._frames_sample.default, args)
     return out
 
 
 def grad_features(grad: Tensor, where: FrameWhere, like: FrameMap) -> Tensor:
-    if transforms_active():
-        return _apply(_GradFeatures, grad, *where, like)
-    out: Tensor = _ops._frames_grad_features.default(grad, *where.arguments(), *like.arguments())
+    args = (grad, *where.arguments(), *like.arguments())
+    op = _ops._frames_grad_features.default
+    out: Tensor = _call(_GradFeatures, (grad, *where, like), op, args)
     return out
 
 
 def grad_boxes(input: Tensor, grad: Tensor, where: FrameWhere) -> Tensor:
+    args = (input, grad, *where.arguments())
+    out: Tensor = _call(_GradBoxes, (input, grad, *where), _ops._frames_grad_boxes.default, args)
+    return out
+
+
+def _call(
+    function: type[torch.autograd.Function],
+    inputs: tuple[Any, ...],
+    op: Any,
+    args: tuple[Any, ...],
+) -> Any:
+    """An application as a Function of ``inputs`` or as the operator of ``args``."""
+    if is_eager():
+        return _eager(function)(*inputs) if requires_grad(inputs) else run_below_autograd(op, args)
+    return function.apply(*inputs) if transforms_active() else op(*args)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """The Function in the form of its caller: one for torch.func, a shorter one for all else."""
     if transforms_active():
-        return _apply(_GradBoxes, input, grad, *where)
-    out: Tensor = _ops._frames_grad_boxes.default(input, grad, *where.arguments())
-    return out
+        return function.apply(*args)
+    return _eager(function)(*args)
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    out: Tensor = function.apply(*args)
-    return out
+@cache
+def _eager(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``apply`` of the same rules as a Function of the old form, which costs a third."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with BelowAutograd():
+            output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    rules = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(function.backward),
+        "jvp": staticmethod(function.jvp),
+    }
+    return plain_apply(type(f"{function.__name__}Eager", (torch.autograd.Function,), rules))
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:
@@ -421,7 +467,7 @@ def _batch_grad_boxes(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]
 
 
 def _below(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    with BelowAutograd():
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
@@ -532,7 +578,7 @@ def _max_arguments(
 
 
 def _apply_sample(input: Tensor, *args: Any) -> Tensor:
-    return _apply(_Sample, input, *_place(args))
+    return cast(Tensor, _apply(_Sample, input, *_place(args)))
 
 
 def _apply_maximum(
@@ -547,7 +593,7 @@ def _apply_maximum(
     sampler = FrameSampler((height, width), tuple(params), scale)
     return cast(
         tuple[Tensor, Tensor],
-        _Maximum.apply(input, boxes, image_index, sampler),  # type: ignore[no-untyped-call]
+        _apply(_Maximum, input, boxes, image_index, sampler),
     )
 
 
@@ -620,15 +666,21 @@ _register(
 
 def call_rotated(*args: Any) -> Tensor:
     """The operator roi_align_rotated, also where torch.func transforms surround the call."""
-    if not torch.compiler.is_compiling() and transforms_active():
+    op = _ops.roi_align_rotated.default
+    if is_eager() and not requires_grad(args[:2]):
+        return cast(Tensor, run_below_autograd(op, args))
+    if not torch.compiler.is_compiling() and (is_eager() or transforms_active()):
         return _apply_sample(*_rotated_arguments(*args))
-    out: Tensor = _ops.roi_align_rotated.default(*args)
+    out: Tensor = op(*args)
     return out
 
 
 def call_max(*args: Any) -> Tensor:
     """The values of roi_align_max, also where torch.func transforms surround the call."""
-    if not torch.compiler.is_compiling() and transforms_active():
+    op = _ops.roi_align_max.default
+    if is_eager() and not requires_grad(args[:2]):
+        return cast(Tensor, run_below_autograd(op, args)[0])
+    if not torch.compiler.is_compiling() and (is_eager() or transforms_active()):
         return _apply_maximum(*_max_arguments(*args))[0]
-    out: tuple[Tensor, Tensor] = _ops.roi_align_max.default(*args)
+    out: tuple[Tensor, Tensor] = op(*args)
     return out[0]

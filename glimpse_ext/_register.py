@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ._autograd import (
+    BelowAutograd,
     GradBoxesFunction,
     GradFeaturesFunction,
     SampleFunction,
     differentiates,
+    is_eager,
+    plain_apply,
+    requires_grad,
     sample,
     transforms_active,
 )
@@ -29,14 +34,18 @@ _ops = torch.ops.glimpse_ext
 _library_impl = torch.library.Library("glimpse_ext", "IMPL")
 
 
-def run_below_autograd(op: Any, args: tuple[Any, ...]) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        out: Tensor = op(*args)
-    return out
+_apply_sample = plain_apply(SampleFunction)
+_TENSORS = 3
+"""No operator that samples has more tensor arguments."""
+
+
+def run_below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
+    with BelowAutograd():
+        return op(*args)
 
 
 def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    with BelowAutograd():
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
@@ -220,20 +229,18 @@ def register_sampler(
     op = getattr(_ops, name).default
 
     def call(*args: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            out: Tensor = op(*args)
-            return out
+        if is_eager():
+            # In every schema, the tensors come first.
+            if not requires_grad(args[:_TENSORS]):
+                return cast(Tensor, run_below_autograd(op, args))
+            features, where = bind(*args)
+            run = partial(run_below_autograd, op, args)
+            return cast(Tensor, _apply_sample(run, where, where.boxes, None, *features))
+        if torch.compiler.is_compiling() or not transforms_active():
+            # Traced, or in forward mode: the autograd kernel below.
+            return cast(Tensor, op(*args))
         features, where = bind(*args)
-        if transforms_active():
-            return sample(features, where) if transform is None else transform(op, where, args)
-        if differentiates(where.boxes, *features):
-            return cast(
-                Tensor,
-                SampleFunction.apply(  # type: ignore[no-untyped-call]
-                    lambda: run_below_autograd(op, args), where, where.boxes, None, *features
-                ),
-            )
-        return run_below_autograd(op, args)
+        return sample(features, where) if transform is None else transform(op, where, args)
 
     def autograd_kernel(keyset: Any, *args: Any) -> Tensor:
         features, where = bind(*args)

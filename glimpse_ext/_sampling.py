@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -54,15 +55,47 @@ class Sampler:
     def columns(self) -> BoxColumns:
         return COLUMNS[self.op](self.params)
 
-    def arguments(self) -> tuple[list[int], int, list[float], list[float], list[float], float]:
+    @cached_property
+    def arguments(self) -> tuple[Any, ...]:
+        """As the generic operators take them."""
         return (
-            list(self.output_size),
+            self.output_size,
             self.op,
-            [float(p) for p in self.params],
-            [float(s) for s in self.scales],
-            [float(r) for r in self.level_rule],
+            tuple(float(p) for p in self.params),
+            tuple(float(s) for s in self.scales),
+            tuple(float(r) for r in self.level_rule),
             self.fill,
         )
+
+    @cached_property
+    def linear(self) -> Sampler:
+        """The part that is linear in the feature maps: nothing is filled in."""
+        return self if self.fill == 0 else replace(self, fill=0.0)
+
+
+@lru_cache(maxsize=256)
+def _remembered_sampler(
+    output_size: tuple[int, int],
+    op: int,
+    params: tuple[float, ...],
+    scales: tuple[float, ...],
+    level_rule: tuple[float, ...],
+) -> Sampler:
+    return Sampler(output_size, op, params, scales, level_rule)
+
+
+def make_sampler(
+    output_size: tuple[int, int],
+    op: int,
+    params: tuple[float, ...],
+    scales: tuple[float, ...] = (1.0,),
+    level_rule: tuple[float, ...] = (),
+) -> Sampler:
+    """A Sampler that fills with zeros; one object for the same numbers, as calls repeat them."""
+    try:
+        return _remembered_sampler(output_size, op, params, scales, level_rule)
+    except TypeError:  # symbolic sizes have no hash
+        return Sampler(output_size, op, params, scales, level_rule)
 
 
 @dataclass(frozen=True)
@@ -83,13 +116,13 @@ class Maps:
     @staticmethod
     def of(features: Sequence[Tensor]) -> Maps:
         first = features[0]
-        sizes = [first.shape[0], first.shape[1]]
-        for feature in features:
-            sizes += [feature.shape[2], feature.shape[3]]
-        return Maps(tuple(sizes), is_channels_last(first))
+        sizes = tuple(first.shape)
+        for feature in features[1:]:
+            sizes += tuple(feature.shape[2:])
+        return Maps(sizes, is_channels_last(first))
 
-    def arguments(self) -> tuple[list[int], bool]:
-        return list(self.sizes), self.channels_last
+    def arguments(self) -> tuple[tuple[int, ...], bool]:
+        return self.sizes, self.channels_last
 
 
 class Where(NamedTuple):
@@ -109,7 +142,7 @@ class Where(NamedTuple):
             self.levels,
             self.tangent,
             self.axes,
-            *self.sampler.arguments(),
+            *self.sampler.arguments,
         )
 
     @property
@@ -118,10 +151,10 @@ class Where(NamedTuple):
         return self.boxes.shape[-1] - self.sampler.columns.width
 
     def linear(self) -> Where:
-        """The part that is linear in the feature maps: nothing is filled in."""
+        """The part that is linear in the feature maps."""
         if self.sampler.fill == 0:
             return self
-        return self._replace(sampler=replace(self.sampler, fill=0.0))
+        return self._replace(sampler=self.sampler.linear)
 
     def slopes(self) -> Where:
         """Where derivatives in the boxes are taken."""

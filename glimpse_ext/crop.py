@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._arguments import check_indices, check_separate_indices, choose, join_boxes, size_pair
 from ._register import register_sampler
-from ._sampling import COLUMNS, BoxColumns, Sampler, Where
+from ._sampling import COLUMNS, BoxColumns, Sampler, Where, make_sampler
 
 _KIND = 1
 _XYXY, _YXYX, _POINT = range(3)
@@ -29,10 +29,6 @@ _CONVENTIONS = {"tf": True, "half_pixel": False}
 _METHODS = {"bilinear": False, "nearest": True}
 
 
-def _sampler(size: tuple[int, int], params: tuple[float, ...]) -> Sampler:
-    return Sampler(size, _KIND, params, (1.0,), ())
-
-
 def _bind_crop(
     input: Tensor,
     boxes: Tensor,
@@ -44,7 +40,7 @@ def _bind_crop(
     padding: int,
 ) -> tuple[Sequence[Tensor], Where]:
     params = (_XYXY, unit, align_corners, padding, 0, 0)
-    sampler = _sampler((height, width), params)
+    sampler = make_sampler((height, width), _KIND, params)
     return [input], Where(boxes, image_index, None, None, 0, sampler)
 
 
@@ -77,7 +73,7 @@ def _bind_point_sample(
     input: Tensor, points: Tensor, align_corners: bool
 ) -> tuple[Sequence[Tensor], Where]:
     params = (_POINT, _FRACTION, align_corners, _ZEROS, 0, 0)
-    return [input], Where(points, None, None, None, 0, _sampler((1, 1), params))
+    return [input], Where(points, None, None, None, 0, make_sampler((1, 1), _KIND, params))
 
 
 _crop = register_sampler("crop", _bind_crop)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._arguments import choose, size_pair
 from ._autograd import copy_in_transform
 from ._register import register_sampler
-from ._sampling import COLUMNS, BoxColumns, Sampler, Where, is_channels_last
+from ._sampling import COLUMNS, BoxColumns, Where, is_channels_last, make_sampler
 
 _NAME = "extract_glimpse"
 _KIND = 2
@@ -44,7 +44,7 @@ def _bind_exact(
     _refuse_offset_gradients(offsets)
     whole = _TRUNCATED if offsets.dtype == torch.float64 else _TRUNCATED_SINGLE
     params = (version, centered, normalized, 1, whole)
-    sampler = Sampler((height, width), _KIND, params, (1.0,), ())
+    sampler = make_sampler((height, width), _KIND, params)
     return [input], Where(offsets, None, None, None, 0, sampler)
 
 
@@ -59,7 +59,7 @@ def _bind_subpixel(
     scale: int,
 ) -> tuple[Sequence[Tensor], Where]:
     params = (version, centered, normalized, scale, _FRACTION)
-    sampler = Sampler((height, width), _KIND, params, (1.0,), ())
+    sampler = make_sampler((height, width), _KIND, params)
     return [input], Where(offsets, None, None, None, 0, sampler)
 
 

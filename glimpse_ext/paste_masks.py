@@ -12,7 +12,7 @@ from torch import Tensor
 from ._arguments import choose, size_pair
 from ._autograd import differentiates, transforms_active
 from ._register import batch_rows, register_sampler, run_below_autograd
-from ._sampling import COLUMNS, BoxColumns, Sampler, Where
+from ._sampling import COLUMNS, BoxColumns, Where, make_sampler
 
 _KIND = 3
 _AXES = BoxColumns(4, y=(0, 2), x=(1, 3))
@@ -100,7 +100,7 @@ def _bind(
             f"{_NAME}: boxes have no derivative with method='torchvision', which rounds them to "
             "whole pixels; detach them or use method='detectron2'"
         )
-    sampler = Sampler((height, width), _KIND, (), (1.0,), ())
+    sampler = make_sampler((height, width), _KIND, ())
     axes = paste_axes(masks, boxes, snapped)
     features = masks.to(torch.uint8) if masks.dtype == torch.bool else masks
     return [features], Where(axes, None, None, None, 0, sampler)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ._arguments import check_indices, choose, join_boxes, size_pair
 from ._autograd_frames import call_max
 from ._register import register_sampler
-from ._sampling import COLUMNS, BoxColumns, Sampler, Where
+from ._sampling import COLUMNS, BoxColumns, Where, make_sampler
 
 _KIND = 0
 _COLUMNS = BoxColumns(4, y=(1, 3), x=(0, 2))
@@ -31,7 +31,7 @@ def _place(
     aligned: bool,
     level_rule: tuple[float, ...],
 ) -> Where:
-    sampler = Sampler(output_size, _KIND, (sampling_ratio, aligned), tuple(scales), level_rule)
+    sampler = make_sampler(output_size, _KIND, (sampling_ratio, aligned), tuple(scales), level_rule)
     return Where(boxes, None, levels, None, 0, sampler)
 
 

@@ -5,12 +5,12 @@
 
 namespace glimpse::ops {
 
-std::string describe_shape(const Tensor& tensor) {
-  std::ostringstream text;
+std::ostream& operator<<(std::ostream& text, DescribedShape shape) {
   text << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
-  text << ']';
-  return text.str();
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) {
+    text << (i > 0 ? ", " : "") << shape.tensor.size(i);
+  }
+  return text << ']';
 }
 
 const char* describe_dtype(ScalarType type) {
@@ -40,17 +40,11 @@ const char* describe_dtype(ScalarType type) {
   }
 }
 
-std::string describe_device(const Tensor& tensor) {
-  const torch::stable::Device device = tensor.device();
-  std::ostringstream text;
-  if (device.is_cpu()) {
-    text << "cpu";
-  } else if (device.is_cuda()) {
-    text << "cuda:" << static_cast<int>(device.index());
-  } else {
-    text << "device type " << static_cast<int>(device.type());
-  }
-  return text.str();
+std::ostream& operator<<(std::ostream& text, DescribedDevice described) {
+  const torch::stable::Device device = described.tensor.device();
+  if (device.is_cpu()) return text << "cpu";
+  if (device.is_cuda()) return text << "cuda:" << static_cast<int>(device.index());
+  return text << "device type " << static_cast<int>(device.type());
 }
 
 bool is_float(ScalarType type) {

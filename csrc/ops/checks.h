@@ -22,7 +22,7 @@ using torch::stable::Tensor;
 /// Throws "<name>: <parts...>". Errors are runtime_error only: libtorch versions disagree on the
 /// Python type of the others.
 template <class... Parts>
-[[noreturn]] void fail(const char* name, const Parts&... parts) {
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const char* name, const Parts&... parts) {
   std::ostringstream text;
   text << name << ": ";
   (text << ... << parts);
@@ -34,9 +34,19 @@ void check(bool condition, const char* name, const Parts&... parts) {
   if (!condition) fail(name, parts...);
 }
 
-std::string describe_shape(const Tensor& tensor);  // [2, 3, 8, 8]
+/// Parts of an error that cost something to put into words: they are, when the error is thrown.
+struct DescribedShape {  // [2, 3, 8, 8]
+  const Tensor& tensor;
+};
+struct DescribedDevice {
+  const Tensor& tensor;
+};
+std::ostream& operator<<(std::ostream& text, DescribedShape shape);
+std::ostream& operator<<(std::ostream& text, DescribedDevice device);
+
+inline DescribedShape describe_shape(const Tensor& tensor) { return {tensor}; }
+inline DescribedDevice describe_device(const Tensor& tensor) { return {tensor}; }
 const char* describe_dtype(ScalarType type);
-std::string describe_device(const Tensor& tensor);
 
 /// Features: 4-D, of one supported dtype, one device, one batch size and one channel count, with
 /// at least one pixel where there are boxes to read it.

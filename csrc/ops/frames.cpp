@@ -301,8 +301,8 @@ Tensor frames_grad_boxes(Tensor input, Tensor grad, Tensor boxes, std::optional<
   FrameCall call(sampling, input, input.scalar_type(), input.size(0), input.size(1), layout);
   const ScalarType coordinates =
       input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor grad_boxes = torch::stable::new_empty(
-      sampling.boxes, {sampling.boxes.size(0), sampling.boxes.size(1)}, coordinates);
+  Tensor grad_boxes =
+      make_empty(sampling.boxes, {sampling.boxes.size(0), sampling.boxes.size(1)}, coordinates);
   if (grad.numel() == 0) {
     torch::stable::zero_(grad_boxes);
   } else {

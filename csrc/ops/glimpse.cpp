@@ -100,10 +100,8 @@ Tensor extract_glimpse(Tensor input, Tensor offsets, std::optional<Tensor> seed,
   const DeviceScope scope(input);
 
   problem.layout = layout_of(input);
-  const std::array<int64_t, 4> size = {problem.batch, problem.channels, height, width};
-  Tensor output =
-      torch::stable::empty({size.data(), size.size()}, input.scalar_type(), std::nullopt,
-                           input.device(), std::nullopt, memory_format(problem.layout));
+  Tensor output = make_empty(input, {problem.batch, problem.channels, height, width},
+                             input.scalar_type(), problem.layout);
   if (output.numel() == 0) return output;
   // float16 and bfloat16 offsets are those numbers; places are computed in float.
   const bool wide = offsets.scalar_type() == ScalarType::Double;
@@ -120,8 +118,7 @@ Tensor extract_glimpse(Tensor input, Tensor offsets, std::optional<Tensor> seed,
   std::optional<Tensor> workspace;
   const size_t bytes = current_backend().copy_glimpse_workspace(problem);
   if (bytes > 0) {
-    const auto count = static_cast<int64_t>(bytes);
-    workspace = torch::stable::empty({&count, 1}, ScalarType::Byte, std::nullopt, input.device());
+    workspace = make_workspace(input, bytes);
     problem.workspace = workspace->mutable_data_ptr();
   }
   current_backend().copy_glimpse(problem);

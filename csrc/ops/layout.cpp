@@ -21,18 +21,65 @@ MemoryFormat memory_format(Layout layout) {
   return layout == Layout::kNhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
+namespace {
+
+std::array<int64_t, 4> strides_of(const std::array<int64_t, 4>& size, Layout layout) {
+  if (layout == Layout::kNhwc) {
+    return {size[1] * size[3] * size[2], 1, size[1] * size[3], size[1]};
+  }
+  const auto at_least_1 = [&](int dim) { return size[dim] > 1 ? size[dim] : 1; };
+  const int64_t row = at_least_1(3), plane = row * at_least_1(2);
+  return {plane * at_least_1(1), plane, row, 1};
+}
+
+Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* size, const int64_t* strides,
+                     ScalarType type) {
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, size, strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+bool is_dense(const Tensor& tensor, Layout layout) {
+  if (layout == Layout::kNchw) return tensor.is_contiguous();
+  int64_t expected = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    const int64_t size = tensor.size(dim);
+    if (size != 1 && tensor.stride(dim) != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+}  // namespace
+
 Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout) {
-  return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(),
-                              std::nullopt, memory_format(layout));
+  const std::array<int64_t, 4> strides = strides_of(size, layout);
+  return empty_strided(like, 4, size.data(), strides.data(), type);
+}
+
+Tensor make_empty(const Tensor& like, std::array<int64_t, 2> size, ScalarType type) {
+  const std::array<int64_t, 2> strides = {size[1] > 1 ? size[1] : 1, 1};
+  return empty_strided(like, 2, size.data(), strides.data(), type);
+}
+
+Tensor make_workspace(const Tensor& like, size_t bytes) {
+  const int64_t size = static_cast<int64_t>(bytes), stride = 1;
+  return empty_strided(like, 1, &size, &stride, ScalarType::Byte);
 }
 
 Tensor dense(const Tensor& tensor, Layout layout) {
+  if (is_dense(tensor, layout)) return tensor;
   return torch::stable::contiguous(tensor, memory_format(layout));
 }
 
 Tensor converted(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor
-                                                                : torch::stable::to(tensor, type));
+  const Tensor& typed = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 
 }  // namespace glimpse::ops

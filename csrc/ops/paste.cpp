@@ -11,6 +11,7 @@
 
 #include "ops/checks.h"
 #include "ops/device.h"
+#include "ops/layout.h"
 #include "ops/library.h"
 
 namespace glimpse::ops {
@@ -104,8 +105,7 @@ Tensor paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t w
 
   const ScalarType coordinates =
       problem.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  const Tensor own_boxes = torch::stable::contiguous(
-      boxes.scalar_type() == coordinates ? boxes : torch::stable::to(boxes, coordinates));
+  const Tensor own_boxes = converted(boxes, coordinates);
   problem.mask = masks.const_data_ptr();
   problem.stride_n = masks.stride(0);
   problem.stride_h = masks.stride(2);
@@ -131,8 +131,7 @@ Tensor paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t w
   problem.cleared = image.has_value();
 #endif
   if (!image.has_value()) {
-    const std::array<int64_t, 4> size = {problem.masks, 1, height, width};
-    image = torch::stable::empty({size.data(), size.size()}, type, std::nullopt, masks.device());
+    image = make_empty(masks, {problem.masks, 1, height, width}, type, Layout::kNchw);
   }
   if (image->numel() > 0) {
     problem.image = image->mutable_data_ptr();

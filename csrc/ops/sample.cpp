@@ -189,8 +189,7 @@ std::vector<Tensor> sample_grad_features(const Sampling& sampling, const Tensor&
   std::optional<Tensor> workspace;
   const size_t bytes = current_backend().grad_features_workspace(call.problem);
   if (bytes > 0) {
-    const int64_t size = static_cast<int64_t>(bytes);
-    workspace = torch::stable::empty({&size, 1}, ScalarType::Byte, std::nullopt, grad.device());
+    workspace = make_workspace(grad, bytes);
     call.problem.workspace = workspace->mutable_data_ptr();
   }
   current_backend().grad_features(call.problem);
@@ -213,8 +212,8 @@ Tensor sample_grad_boxes(const Sampling& sampling, const std::vector<Tensor>& fe
   Call call(sampling, type, first.size(0), first.size(1), features.size(), layout);
   const ScalarType coordinates =
       type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor grad_boxes = torch::stable::new_empty(
-      sampling.boxes, {sampling.boxes.size(0), sampling.boxes.size(1)}, coordinates);
+  Tensor grad_boxes =
+      make_empty(sampling.boxes, {sampling.boxes.size(0), sampling.boxes.size(1)}, coordinates);
   if (grad.numel() == 0) {
     torch::stable::zero_(grad_boxes);
   } else {
