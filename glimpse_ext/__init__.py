@@ -7,6 +7,7 @@ from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
 from .extract_glimpse import extract_glimpse
 from .paste_masks import paste_masks
+from .paste_masks_to_rle import paste_masks_to_rle
 from .roi_align import multiscale_roi_align, roi_align
 from .roi_align_rotated import roi_align_rotated
 
@@ -18,6 +19,7 @@ __all__ = [
     "multiscale_roi_align",
     "nn",
     "paste_masks",
+    "paste_masks_to_rle",
     "point_sample",
     "reference",
     "roi_align",

@@ -19,7 +19,7 @@ _AXES = BoxColumns(4, y=(0, 2), x=(1, 3))
 COLUMNS[_KIND] = lambda params: _AXES
 
 _NAME = "paste_masks"
-_METHODS = {"detectron2": False, "torchvision": True}
+METHODS = {"detectron2": False, "torchvision": True}
 _ops = torch.ops.glimpse_ext
 
 
@@ -119,6 +119,28 @@ torch.library.register_fake("glimpse_ext::paste_masks_threshold", _fake_threshol
 torch.library.register_vmap("glimpse_ext::paste_masks_threshold", batch_rows(_threshold))
 
 
+def prepare_masks(name: str, masks: Tensor, boxes: Tensor) -> tuple[Tensor, bool]:
+    """Masks as ``[N, 1, Mh, Mw]`` of a dtype that kernels read, and whether they had 3 sizes."""
+    if not isinstance(masks, Tensor) or not isinstance(boxes, Tensor):
+        raise TypeError(f"{name}: masks and boxes must be tensors")
+    flat = masks.dim() == 3
+    if not flat and (masks.dim() != 4 or masks.shape[1] != 1):
+        raise RuntimeError(
+            f"{name}: masks must be [N, Mh, Mw] or [N, 1, Mh, Mw], got {list(masks.shape)}"
+        )
+    if masks.is_complex():
+        raise RuntimeError(f"{name}: masks must be real numbers, got {masks.dtype}")
+    if not (masks.is_floating_point() or masks.dtype in (torch.bool, torch.uint8)):
+        masks = masks.to(torch.float32)
+    return (masks.unsqueeze(1) if flat else masks), flat
+
+
+def image_extent(name: str, image_size: Sequence[int]) -> tuple[int, int]:
+    if isinstance(image_size, int):
+        raise TypeError(f"{name}: image_size must be (height, width), got {image_size}")
+    return size_pair(name, image_size, "image_size")
+
+
 def paste_masks(
     masks: Tensor,
     boxes: Tensor,
@@ -188,23 +210,9 @@ def paste_masks(
     tensor([[[False, False,  True, False],
              [False,  True, False, False]]])
     """
-    if not isinstance(masks, Tensor) or not isinstance(boxes, Tensor):
-        raise TypeError(f"{_NAME}: masks and boxes must be tensors")
-    flat = masks.dim() == 3
-    if not flat and (masks.dim() != 4 or masks.shape[1] != 1):
-        raise RuntimeError(
-            f"{_NAME}: masks must be [N, Mh, Mw] or [N, 1, Mh, Mw], got {list(masks.shape)}"
-        )
-    if isinstance(image_size, int):
-        raise TypeError(f"{_NAME}: image_size must be (height, width), got {image_size}")
-    height, width = size_pair(_NAME, image_size, "image_size")
-    snapped = choose(_NAME, "method", method, _METHODS)
-    if masks.is_complex():
-        raise RuntimeError(f"{_NAME}: masks must be real numbers, got {masks.dtype}")
-    if not (masks.is_floating_point() or masks.dtype in (torch.bool, torch.uint8)):
-        masks = masks.to(torch.float32)
-    if flat:
-        masks = masks.unsqueeze(1)
+    masks, flat = prepare_masks(_NAME, masks, boxes)
+    height, width = image_extent(_NAME, image_size)
+    snapped = choose(_NAME, "method", method, METHODS)
     if threshold is None:
         arguments = (masks, boxes, height, width, snapped)
         if torch.compiler.is_compiling() or transforms_active() or differentiates(masks, boxes):

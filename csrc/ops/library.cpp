@@ -161,6 +161,9 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
   m.def(
       "paste_masks_threshold(Tensor masks, Tensor boxes, SymInt height, SymInt width, "
       "float threshold, bool snapped) -> Tensor");
+  m.def(
+      "_paste_masks_runs(Tensor masks, Tensor boxes, SymInt height, SymInt width, "
+      "float threshold, bool snapped) -> (Tensor counts, Tensor ends, Tensor areas, Tensor boxes)");
   m.def("_sample(Tensor[] features, " GLIMPSE_SAMPLING_SCHEMA ") -> Tensor");
   m.def("_sample_grad_features(Tensor grad, " GLIMPSE_SAMPLING_SCHEMA
         ", SymInt[] sizes, bool channels_last) -> Tensor[]");
@@ -182,7 +185,11 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
   m.def("_frames_grad_boxes(Tensor input, Tensor grad, " GLIMPSE_FRAMES_SCHEMA ") -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CPU, m) { register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CPU, m) {
+  register_kernels(m);
+  // Lists of unknown length, which the host makes: masks are smaller than their runs.
+  m.impl("_paste_masks_runs", TORCH_BOX(&paste_masks_runs));
+}
 
 #endif
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 // The functions behind the schemas in library.cpp, one block per file that defines them.
@@ -42,5 +43,9 @@ Tensor subpixel_glimpse(Tensor input, Tensor offsets, int64_t height, int64_t wi
 Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, bool snapped);
 Tensor paste_masks_threshold(Tensor masks, Tensor boxes, int64_t height, int64_t width,
                              double threshold, bool snapped);
+// On the CPU only: `counts` of all masks behind one another, where each ends, areas, tight boxes.
+std::tuple<Tensor, Tensor, Tensor, Tensor> paste_masks_runs(Tensor masks, Tensor boxes,
+                                                            int64_t height, int64_t width,
+                                                            double threshold, bool snapped);
 
 }  // namespace glimpse::ops

@@ -7,32 +7,38 @@
 #include <sys/mman.h>
 
 #include <array>
+#include <cstring>
 #include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "ops/checks.h"
 #include "ops/device.h"
 #include "ops/layout.h"
 #include "ops/library.h"
 
+#if !defined(GLIMPSE_CUDA_LIBRARY)
+#include "cpu/paste_runs.h"
+#endif
+
 namespace glimpse::ops {
 
 namespace {
 
-constexpr const char* kName = "paste_masks";
-
-void check_arguments(const Tensor& masks, const Tensor& boxes) {
-  check(masks.dim() == 4 && masks.size(1) == 1, kName,
+void check_arguments(const char* name, const Tensor& masks, const Tensor& boxes) {
+  check(masks.dim() == 4 && masks.size(1) == 1, name,
         "masks must be [N, Mh, Mw] or [N, 1, Mh, Mw], got ", describe_shape(masks));
-  check(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4, kName,
+  check(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4, name,
         "boxes must be [", masks.size(0), ", 4] (x1, y1, x2, y2), one for each mask, got ",
         describe_shape(boxes));
-  check(is_float(boxes.scalar_type()), kName,
+  check(is_float(boxes.scalar_type()), name,
         "boxes must be float64, float32, float16 or bfloat16, got ",
         describe_dtype(boxes.scalar_type()));
-  check_same_device(kName, "boxes", boxes, masks);
-  check(masks.size(0) == 0 || (masks.size(2) > 0 && masks.size(3) > 0), kName,
+  check_same_device(name, "boxes", boxes, masks);
+  check(masks.size(0) == 0 || (masks.size(2) > 0 && masks.size(3) > 0), name,
         "masks must have at least one pixel, got ", describe_shape(masks));
-  check(masks.size(2) <= 0x7fffff00 && masks.size(3) <= 0x7fffff00, kName,
+  check(masks.size(2) <= 0x7fffff00 && masks.size(3) <= 0x7fffff00, name,
         "mask height and width must fit in 32 bits, got ", describe_shape(masks));
 }
 
@@ -93,32 +99,43 @@ std::optional<Tensor> make_zero_pages(const PasteProblem& problem, ScalarType ty
 
 #endif
 
+/// A PasteProblem without its image, together with the tensors that keep its pointers alive.
+struct PasteCall {
+  PasteCall(const char* name, const Tensor& masks, const Tensor& boxes, int64_t height,
+            int64_t width, bool snapped, PasteResult result, double threshold) {
+    check_arguments(name, masks, boxes);
+    const bool is_bool = masks.scalar_type() == ScalarType::Bool;
+    problem.dtype = is_bool ? Dtype::kUInt8 : storage_dtype(name, masks.scalar_type());
+    problem.height = static_cast<int32_t>(check_output_size(name, height));
+    problem.width = static_cast<int32_t>(check_output_size(name, width));
+    boxes_ =
+        converted(boxes, problem.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
+    problem.mask = masks.const_data_ptr();
+    problem.stride_n = masks.stride(0);
+    problem.stride_h = masks.stride(2);
+    problem.stride_w = masks.stride(3);
+    problem.mask_height = static_cast<int32_t>(masks.size(2));
+    problem.mask_width = static_cast<int32_t>(masks.size(3));
+    problem.box = boxes_.const_data_ptr();
+    problem.snapped = snapped;
+    const double mask_width = problem.mask_width > 0 ? problem.mask_width : 1;
+    problem.grow = (mask_width + 2.0) / mask_width;
+    problem.masks = masks.size(0);
+    problem.result = result;
+    problem.threshold = threshold;
+  }
+
+  PasteProblem problem = {};
+
+ private:
+  Tensor boxes_;
+};
+
 Tensor paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, bool snapped,
              PasteResult result, double threshold) {
-  check_arguments(masks, boxes);
-  const bool is_bool = masks.scalar_type() == ScalarType::Bool;
-  PasteProblem problem = {};
-  problem.dtype = is_bool ? Dtype::kUInt8 : storage_dtype(kName, masks.scalar_type());
-  problem.height = static_cast<int32_t>(check_output_size(kName, height));
-  problem.width = static_cast<int32_t>(check_output_size(kName, width));
   const DeviceScope scope(masks);
-
-  const ScalarType coordinates =
-      problem.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  const Tensor own_boxes = converted(boxes, coordinates);
-  problem.mask = masks.const_data_ptr();
-  problem.stride_n = masks.stride(0);
-  problem.stride_h = masks.stride(2);
-  problem.stride_w = masks.stride(3);
-  problem.mask_height = static_cast<int32_t>(masks.size(2));
-  problem.mask_width = static_cast<int32_t>(masks.size(3));
-  problem.box = own_boxes.const_data_ptr();
-  problem.snapped = snapped;
-  const double mask_width = problem.mask_width > 0 ? problem.mask_width : 1;
-  problem.grow = (mask_width + 2.0) / mask_width;
-  problem.masks = masks.size(0);
-  problem.result = result;
-  problem.threshold = threshold;
+  PasteCall call("paste_masks", masks, boxes, height, width, snapped, result, threshold);
+  PasteProblem& problem = call.problem;
   problem.stream = scope.stream();
 
   const ScalarType type = result == PasteResult::kThreshold   ? ScalarType::Bool
@@ -151,5 +168,38 @@ Tensor paste_masks_threshold(Tensor masks, Tensor boxes, int64_t height, int64_t
   const PasteResult result = threshold >= 0 ? PasteResult::kThreshold : PasteResult::kQuantized;
   return paste(masks, boxes, height, width, snapped, result, threshold);
 }
+
+#if !defined(GLIMPSE_CUDA_LIBRARY)
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> paste_masks_runs(Tensor masks, Tensor boxes,
+                                                            int64_t height, int64_t width,
+                                                            double threshold, bool snapped) {
+  const char* name = "paste_masks_to_rle";
+  check(threshold >= 0, name, "threshold must be zero or more, got ", threshold);
+  const PasteCall call(name, masks, boxes, height, width, snapped, PasteResult::kThreshold,
+                       threshold);
+  const int64_t count = call.problem.masks;
+  std::vector<PastedRuns> runs(static_cast<size_t>(count));
+  cpu_paste_runs(call.problem, runs.data());
+
+  Tensor ends = make_empty(masks, {count, 1}, ScalarType::Long);
+  Tensor areas = make_empty(masks, {count, 1}, ScalarType::Long);
+  Tensor tight = make_empty(masks, {count, 4}, ScalarType::Long);
+  auto* end = ends.mutable_data_ptr<int64_t>();
+  auto* area = areas.mutable_data_ptr<int64_t>();
+  auto* corner = tight.mutable_data_ptr<int64_t>();
+  std::string text;
+  for (const PastedRuns& own : runs) {
+    append_coco_counts(own.lengths, text);
+    *end++ = static_cast<int64_t>(text.size());
+    *area++ = own.area;
+    for (const int64_t edge : {own.x1, own.y1, own.x2, own.y2}) *corner++ = edge;
+  }
+  Tensor counts = make_workspace(masks, text.size());
+  if (!text.empty()) std::memcpy(counts.mutable_data_ptr(), text.data(), text.size());
+  return {counts, ends, areas, tight};
+}
+
+#endif
 
 }  // namespace glimpse::ops

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Masks of boxes as run lengths of their image, without the image."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from ._arguments import choose
+from .paste_masks import METHODS, image_extent, prepare_masks
+
+_NAME = "paste_masks_to_rle"
+_runs = torch.ops.glimpse_ext._paste_masks_runs.default
+
+
+class RLE(TypedDict):
+    """A mask in COCO's compressed run lengths, as pycocotools takes and gives it."""
+
+    size: list[int]
+    counts: bytes
+
+
+class PastedRLE(NamedTuple):
+    """What :func:`paste_masks_to_rle` returns with ``with_boxes=True``."""
+
+    rles: list[RLE]
+    areas: Tensor
+    """``[N]`` int64, pixels of each mask."""
+    boxes: Tensor
+    """``[N, 4]`` int64, the tight box of each mask: x1, y1, x2, y2 in edge units; zeros if none."""
+
+
+def paste_masks_to_rle(
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: Sequence[int],
+    threshold: float = 0.5,
+    method: str = "detectron2",
+    *,
+    with_boxes: bool = False,
+) -> list[RLE] | PastedRLE:
+    """The masks of :func:`paste_masks` as COCO run lengths, without making their images.
+
+    The bytes are those of ``pycocotools.mask.encode`` of the pasted masks. Only pixels near the
+    outline of a mask are computed, so the time depends on the outlines and not on the size of the
+    image; pasting writes and encoding reads every pixel.
+
+    Args:
+        masks: as in :func:`paste_masks`, on any device; they are moved to the CPU, since they are
+            smaller than their run lengths. On a GPU, that waits for what computes them.
+        boxes: ``[N, 4]``, as in :func:`paste_masks`.
+        image_size: height and width of the image.
+        threshold: zero or more; pixels are ``value >= threshold``.
+        method: as in :func:`paste_masks`.
+        with_boxes: whether to return areas and tight boxes, too.
+
+    Returns:
+        For each mask a dict with ``size`` (height, width) and ``counts`` (bytes; for JSON,
+        ``counts.decode()``); with ``with_boxes=True`` a :class:`PastedRLE`. Boxes that are NaN,
+        reversed, far away or huge give what :func:`paste_masks` has for them.
+
+    No gradients, and not under ``torch.compile`` or ``vmap``: the lengths are data.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, a negative threshold.
+        ValueError, TypeError: an unknown method, an image size or threshold that is none.
+
+    >>> import torch, glimpse_ext
+    >>> mask = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]])
+    >>> glimpse_ext.paste_masks_to_rle(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4))
+    [{'size': [2, 4], 'counts': b'313'}]
+    """
+    masks, _ = prepare_masks(_NAME, masks, boxes)
+    height, width = image_extent(_NAME, image_size)
+    snapped = choose(_NAME, "method", method, METHODS)
+    threshold = float(threshold)
+    if threshold != threshold:
+        raise ValueError(f"{_NAME}: threshold must be a number, got nan")
+    if masks.device != boxes.device:
+        raise RuntimeError(
+            f"{_NAME}: boxes must be on the device of the masks, {masks.device}, got {boxes.device}"
+        )
+    with torch.no_grad():
+        counts, ends, areas, tight = _runs(
+            masks.detach().cpu(), boxes.detach().cpu(), height, width, threshold, snapped
+        )
+    text = ctypes.string_at(counts.data_ptr(), counts.numel()) if counts.numel() > 0 else b""
+    rles: list[RLE] = []
+    start = 0
+    for end in ends.flatten().tolist():
+        rles.append({"size": [height, width], "counts": text[start:end]})
+        start = end
+    return PastedRLE(rles, areas.flatten(), tight) if with_boxes else rles
