@@ -3,8 +3,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
-
 #include "ops/checks.h"
 #include "ops/device.h"
 #include "ops/layout.h"
@@ -100,10 +98,8 @@ Tensor extract_glimpse(Tensor input, Tensor offsets, std::optional<Tensor> seed,
   const DeviceScope scope(input);
 
   problem.layout = layout_of(input);
-  const std::array<int64_t, 4> size = {problem.batch, problem.channels, height, width};
-  Tensor output =
-      torch::stable::empty({size.data(), size.size()}, input.scalar_type(), std::nullopt,
-                           input.device(), std::nullopt, memory_format(problem.layout));
+  Tensor output = make_empty(input, {problem.batch, problem.channels, height, width},
+                             input.scalar_type(), problem.layout);
   if (output.numel() == 0) return output;
   // float16 and bfloat16 offsets are those numbers; places are computed in float.
   const bool wide = offsets.scalar_type() == ScalarType::Double;

@@ -3,6 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#if !defined(GLIMPSE_CUDA_LIBRARY)
+#include "cpu/pages.h"
+#endif
+
 namespace glimpse::ops {
 
 using torch::headeronly::MemoryFormat;
@@ -22,8 +26,12 @@ MemoryFormat memory_format(Layout layout) {
 }
 
 Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout) {
-  return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(),
-                              std::nullopt, memory_format(layout));
+  Tensor made = torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(),
+                                     std::nullopt, memory_format(layout));
+#if !defined(GLIMPSE_CUDA_LIBRARY)
+  prepare_result(made.mutable_data_ptr(), static_cast<size_t>(made.numel()) * made.element_size());
+#endif
+  return made;
 }
 
 Tensor dense(const Tensor& tensor, Layout layout) {

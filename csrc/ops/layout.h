@@ -24,6 +24,7 @@ bool readable_as(const Tensor& map, Layout layout);
 
 torch::headeronly::MemoryFormat memory_format(Layout layout);
 
+/// A result, which will be written in full; Note [Pages in advance].
 Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout);
 
 /// `tensor` without gaps in `layout`; itself where it is so.

@@ -11,7 +11,12 @@
 
 #include "ops/checks.h"
 #include "ops/device.h"
+#include "ops/layout.h"
 #include "ops/library.h"
+
+#if !defined(GLIMPSE_CUDA_LIBRARY)
+#include "cpu/pages.h"
+#endif
 
 namespace glimpse::ops {
 
@@ -50,7 +55,7 @@ int64_t reached_rows(const PasteProblem& problem) {
 
 /// Whether the result should be memory that the system clears when it is first touched. The pages
 /// that no mask reaches then cost nothing; those that are reached cost more than memory that is
-/// used again.
+/// used again, and more than huge pages.
 bool wants_zero_pages(const PasteProblem& problem) {
   constexpr double kLeast = 1 << 20, kMost = 1e15;  // pixels; not more than can be counted
   const bool background =
@@ -59,7 +64,7 @@ bool wants_zero_pages(const PasteProblem& problem) {
   if (background || !(pixels >= kLeast && pixels <= kMost)) return false;
   const int64_t rows = problem.dtype == Dtype::kFloat64 ? reached_rows<double>(problem)
                                                         : reached_rows<float>(problem);
-  return rows < problem.masks * problem.height / 2;
+  return rows < problem.masks * problem.height / (huge_pages() ? 4 : 2);
 }
 
 size_t element_bytes(ScalarType type) {
@@ -131,8 +136,7 @@ Tensor paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t w
   problem.cleared = image.has_value();
 #endif
   if (!image.has_value()) {
-    const std::array<int64_t, 4> size = {problem.masks, 1, height, width};
-    image = torch::stable::empty({size.data(), size.size()}, type, std::nullopt, masks.device());
+    image = make_empty(masks, {problem.masks, 1, height, width}, type, Layout::kNchw);
   }
   if (image->numel() > 0) {
     problem.image = image->mutable_data_ptr();
