@@ -3,6 +3,7 @@
 
 from . import _library, nn, reference
 from ._arguments import set_check_indices
+from ._memory import set_huge_pages
 from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
 from .extract_glimpse import extract_glimpse
@@ -25,6 +26,7 @@ __all__ = [
     "roi_align",
     "roi_align_rotated",
     "set_check_indices",
+    "set_huge_pages",
 ]
 
 __version__ = "0.1.0"

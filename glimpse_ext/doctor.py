@@ -112,6 +112,17 @@ def processor_name() -> str:
     return name[1].strip() if name else platform.processor() or "unknown"
 
 
+def huge_pages() -> str:
+    """Whether large results ask for huge pages, and what the system allows."""
+    try:
+        memory = importlib.import_module("glimpse_ext._memory")
+        wanted = "on" if memory.huge_pages() else "off"
+        allowed = memory.system_huge_pages() or "unknown"
+    except Exception as error:  # A broken installation is what this command is for.
+        return f"unknown: {type(error).__name__}"
+    return f"{wanted} (glimpse_ext.set_huge_pages), the system's mode is {allowed}"
+
+
 def build_facts(info: Mapping[str, Any], library: str) -> dict[str, str]:
     """What the cpu or cuda library says it was built from: its "key: value" lines."""
     text = info.get("build_info" if library == "cpu" else f"{library}_build_info") or ""
@@ -162,6 +173,7 @@ def check_machine(report: Report) -> None:
         "torch uses": str(torch.backends.cpu.get_cpu_capability()),
         "cores": str(cores),
         "threads": str(threads),
+        "huge pages": huge_pages(),
     }
     if threads < cores:
         report.remarks.append(

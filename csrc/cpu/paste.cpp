@@ -13,6 +13,7 @@
 #include "cpu/applications.h"
 #include "cpu/dtypes.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "half.h"
 
@@ -93,6 +94,24 @@ class SpreadRows {
   int32_t held_[2] = {-1, -1};
 };
 
+/// Makes the pages of `bytes` at `start` in each of the rows [first, end); those between rows that
+/// are far apart are left alone.
+template <class Out>
+void populate_rows(Out* start, size_t bytes, int64_t width, int32_t first, int32_t end) {
+  constexpr int64_t kApart = 4096;
+  char *from = nullptr, *to = nullptr;
+  for (int32_t y = first; y < end; ++y) {
+    char* row = reinterpret_cast<char*>(start + y * width);
+    if (from != nullptr && row - to > kApart) {
+      populate_pages(from, to);
+      from = nullptr;
+    }
+    if (from == nullptr) from = row;
+    to = row + bytes;
+  }
+  if (from != nullptr) populate_pages(from, to);
+}
+
 /// What a mask reaches, part `part` of `parts`, and the background around it.
 template <class T, class Out>
 void paste_part(const PasteProblem& problem, int64_t k, int64_t part, int64_t parts,
@@ -113,6 +132,10 @@ void paste_part(const PasteProblem& problem, int64_t k, int64_t part, int64_t pa
   const auto first = static_cast<int32_t>(rows.first + count * part / parts);
   const auto end = static_cast<int32_t>(rows.first + count * (part + 1) / parts);
   if (part == 0) fill(0, first * width);
+  if (problem.cleared) {
+    populate_rows(image + columns.first, (columns.end - columns.first) * sizeof(Out), width, first,
+                  end);
+  }
   if (first < end) spread.start(problem, k, along_x, columns);
   for (int32_t y = first; y < end; ++y) {
     const Pair<A> pair(along_y.taps(y));

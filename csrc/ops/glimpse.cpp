@@ -3,8 +3,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
-
 #include "ops/checks.h"
 #include "ops/device.h"
 #include "ops/layout.h"

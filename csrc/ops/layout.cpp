@@ -3,6 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#if !defined(GLIMPSE_CUDA_LIBRARY)
+#include "cpu/pages.h"
+#endif
+
 namespace glimpse::ops {
 
 using torch::headeronly::MemoryFormat;
@@ -59,7 +63,11 @@ bool is_dense(const Tensor& tensor, Layout layout) {
 
 Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout) {
   const std::array<int64_t, 4> strides = strides_of(size, layout);
-  return empty_strided(like, 4, size.data(), strides.data(), type);
+  Tensor made = empty_strided(like, 4, size.data(), strides.data(), type);
+#if !defined(GLIMPSE_CUDA_LIBRARY)
+  prepare_result(made.mutable_data_ptr(), static_cast<size_t>(made.numel()) * made.element_size());
+#endif
+  return made;
 }
 
 Tensor make_empty(const Tensor& like, std::array<int64_t, 2> size, ScalarType type) {

@@ -24,8 +24,8 @@ bool readable_as(const Tensor& map, Layout layout);
 
 torch::headeronly::MemoryFormat memory_format(Layout layout);
 
-/// Memory without values on the device of `like`. By way of the C interface: the dispatcher, which
-/// torch::stable::empty asks, takes longer than a small kernel.
+/// A result, which will be written in full; Note [Pages in advance]. By way of the C interface of
+/// torch: the dispatcher, which torch::stable::empty asks, takes longer than a small kernel.
 Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, Layout layout);
 Tensor make_empty(const Tensor& like, std::array<int64_t, 2> size, ScalarType type);
 /// The same of `bytes` bytes.

@@ -19,6 +19,7 @@
 #include "ops/library.h"
 
 #if !defined(GLIMPSE_CUDA_LIBRARY)
+#include "cpu/pages.h"
 #include "cpu/paste_runs.h"
 #endif
 
@@ -57,7 +58,7 @@ int64_t reached_rows(const PasteProblem& problem) {
 
 /// Whether the result should be memory that the system clears when it is first touched. The pages
 /// that no mask reaches then cost nothing; those that are reached cost more than memory that is
-/// used again.
+/// used again, and more than huge pages.
 bool wants_zero_pages(const PasteProblem& problem) {
   constexpr double kLeast = 1 << 20, kMost = 1e15;  // pixels; not more than can be counted
   const bool background =
@@ -66,7 +67,7 @@ bool wants_zero_pages(const PasteProblem& problem) {
   if (background || !(pixels >= kLeast && pixels <= kMost)) return false;
   const int64_t rows = problem.dtype == Dtype::kFloat64 ? reached_rows<double>(problem)
                                                         : reached_rows<float>(problem);
-  return rows < problem.masks * problem.height / 2;
+  return rows < problem.masks * problem.height / (huge_pages() ? 4 : 2);
 }
 
 size_t element_bytes(ScalarType type) {

@@ -70,6 +70,7 @@ def environment() -> Results:
         "instruction_sets": doctor.instruction_sets(),
         "asked_for": os.environ.get("GLIMPSE_ISA"),
         "cores": cores,
+        "huge_pages": doctor.huge_pages(),
         "platform": platform.platform(),
         "allocator": {
             name: value for name, value in os.environ.items() if name.startswith("MALLOC_")
