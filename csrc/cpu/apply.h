@@ -278,15 +278,26 @@ template <class T>
 const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, uint8_t>) {
     static constexpr Kernels<T> table = {
-        kLanes<float>, sample_scratch<T>, nullptr,         grad_boxes_scratch<T>,
-        sample<T>,     nullptr,           nullptr,         nullptr,
-        grad_boxes<T>, paste_spread<T>,   paste_values<T>, paste_bytes<float>};
+        kLanes<float>,     sample_scratch<T>, nullptr,         grad_boxes_scratch<T>,
+        sample<T>,         nullptr,           nullptr,         nullptr,
+        grad_boxes<T>,     paste_spread<T>,   paste_values<T>, paste_bytes<float>,
+        paste_bits<float>, paste_sides<float>};
     return table;
   } else {
-    static constexpr Kernels<T> table = {
-        kLanes<acc_t<T>>, sample_scratch<T>, grad_features_scratch<T>, grad_boxes_scratch<T>,
-        sample<T>,        clear_gradient<T>, grad_features<T>,         convert_gradient<T>,
-        grad_boxes<T>,    paste_spread<T>,   paste_values<T>,          paste_bytes<acc_t<T>>};
+    static constexpr Kernels<T> table = {kLanes<acc_t<T>>,
+                                         sample_scratch<T>,
+                                         grad_features_scratch<T>,
+                                         grad_boxes_scratch<T>,
+                                         sample<T>,
+                                         clear_gradient<T>,
+                                         grad_features<T>,
+                                         convert_gradient<T>,
+                                         grad_boxes<T>,
+                                         paste_spread<T>,
+                                         paste_values<T>,
+                                         paste_bytes<acc_t<T>>,
+                                         paste_bits<acc_t<T>>,
+                                         paste_sides<acc_t<T>>};
     return table;
   }
 }

@@ -61,4 +61,49 @@ void paste_bytes(const PasteRow<A>& row, const PasteStore<A, uint8_t>& finish, u
   blend([threshold](A value) { return static_cast<uint8_t>(value >= threshold ? 1 : 0); });
 }
 
+/// One bit for each of 64 columns.
+template <class A, class Test>
+GLIMPSE_INLINE uint64_t test_columns(const Test& test) {
+  constexpr int L = kLanes<A>;
+  uint64_t word = 0;
+  for (int v = 0; v < 64 / L; ++v) word |= static_cast<uint64_t>(test(v)) << (v * L);
+  return word;
+}
+
+template <class A>
+void paste_bits(const PasteBlock<A>& block, uint64_t* to) {
+  constexpr int L = kLanes<A>;
+  const Vector<A> threshold = broadcast(block.threshold);
+  const A* weight = block.weight;
+  for (int32_t y = 0; y < block.rows; ++y, weight += 2) {
+    const Vector<A> above = broadcast(weight[0]), below = broadcast(weight[1]);
+    to[y] = test_columns<A>([&](int v) {
+      return not_less(above * load(block.spread[0] + v * L) + below * load(block.spread[1] + v * L),
+                      threshold);
+    });
+  }
+}
+
+/// A mean of two numbers is rounded three times, and so are its weights. NaN is on no side; nor is
+/// a huge number, which times a weight of 0 might be NaN.
+template <class A>
+void paste_sides(const A* spread, int32_t words, A threshold, uint64_t* above, uint64_t* below) {
+  constexpr int L = kLanes<A>;
+  const Vector<A> limit = broadcast(threshold), zero = {}, huge = broadcast(A(1e30));
+  const Vector<A> margin = broadcast(16 * std::numeric_limits<A>::epsilon());
+  for (int32_t w = 0; w < words; ++w, spread += 64) {
+    const auto magnitude = [&](int v) {
+      const Vector<A> value = load(spread + v * L);
+      return larger_of<A>(value, zero - value);
+    };
+    const uint64_t small = test_columns<A>([&](int v) { return not_less(huge, magnitude(v)); });
+    above[w] = small & test_columns<A>([&](int v) {
+                 return not_less(load(spread + v * L) - margin * magnitude(v), limit);
+               });
+    below[w] = small & ~test_columns<A>([&](int v) {
+                 return not_less(load(spread + v * L) + margin * magnitude(v), limit);
+               });
+  }
+}
+
 }  // namespace

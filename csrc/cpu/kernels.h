@@ -55,6 +55,15 @@ struct PasteRow {
   int32_t count;
 };
 
+/// 64 columns of rows of the image that lie between two rows of the mask.
+template <class A>
+struct PasteBlock {
+  const A* spread[2];
+  const A* weight;  // two for each row
+  int32_t rows;
+  A threshold;
+};
+
 /// Kernels of one instruction set for the storage type T.
 template <class T>
 struct Kernels {
@@ -72,6 +81,10 @@ struct Kernels {
   void (*paste_spread)(const T* row, const PasteColumns<A>&, A* to);
   void (*paste_values)(const PasteRow<A>&, pooled_t<T>* to);
   void (*paste_bytes)(const PasteRow<A>&, const PasteStore<A, uint8_t>&, uint8_t* to);
+  void (*paste_bits)(const PasteBlock<A>&, uint64_t* to);  // a word of columns for each row
+  /// Columns whose numbers lie so far above or below a threshold that the mean of two of them does.
+  void (*paste_sides)(const A* spread, int32_t words, A threshold, uint64_t* above,
+                      uint64_t* below);
 };
 
 namespace baseline {

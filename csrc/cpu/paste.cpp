@@ -2,97 +2,19 @@
 //
 // Masks into images. A box is a few percent of its image, so what costs is memory that is touched,
 // not arithmetic: rows that the mask does not reach are left alone where they hold zeros already.
-//
-// A row of mask pixels is spread over the columns of the image once and serves all rows of the
-// image that lie between it and the next one; a row of the image is then a weighted sum of two
-// spread rows.
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/applications.h"
 #include "cpu/dtypes.h"
 #include "cpu/kernels.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
+#include "cpu/paste_rows.h"
 #include "half.h"
 
 namespace glimpse {
 namespace {
-
-/// Takes the cells from `line` that read nothing: a sample may lie on the first pixel outside.
-template <class A>
-Cells reading_cells(const PasteLine<A>& line) {
-  Cells cells = line.pixels;
-  while (cells.first < cells.end && line.taps(cells.first).count == 0) ++cells.first;
-  while (cells.first < cells.end && line.taps(cells.end - 1).count == 0) --cells.end;
-  return cells;
-}
-
-/// Two pixels with their weights, as PasteColumns wants them.
-template <class A>
-struct Pair {
-  int32_t pixel[2];
-  A weight[2];
-
-  explicit Pair(const Taps<A>& taps) {
-    const bool two = taps.count == 2;
-    pixel[0] = taps.pixel[0];
-    pixel[1] = two ? taps.pixel[1] : taps.pixel[0];
-    weight[0] = two ? taps.weight[0] : taps.weight[0] / 2;
-    weight[1] = two ? taps.weight[1] : weight[0];
-  }
-};
-
-/// The rows of one mask, spread over the columns of the image that it reaches. The last two are
-/// kept: the rows of the image ask for them in order.
-template <class T>
-class SpreadRows {
- public:
-  using A = acc_t<T>;
-
-  void start(const PasteProblem& problem, int64_t k, const PasteLine<A>& line, Cells columns) {
-    mask_ = static_cast<const T*>(problem.mask) + k * problem.stride_n;
-    stride_h_ = problem.stride_h;
-    const auto count = static_cast<size_t>(columns.end - columns.first);
-    for (int slot = 0; slot < 2; ++slot) {
-      pixel_[slot].resize(count);
-      weight_[slot].resize(count);
-      rows_[slot].resize(count);
-      held_[slot] = -1;
-    }
-    for (size_t i = 0; i < count; ++i) {
-      const Pair<A> pair(line.taps(columns.first + static_cast<int32_t>(i)));
-      for (int slot = 0; slot < 2; ++slot) {
-        pixel_[slot][i] = pair.pixel[slot];
-        weight_[slot][i] = pair.weight[slot];
-      }
-    }
-    columns_ = {columns.end - columns.first,
-                {pixel_[0].data(), pixel_[1].data()},
-                {weight_[0].data(), weight_[1].data()},
-                problem.stride_w};
-  }
-
-  /// Row `pixel` of the mask. Stays valid until a row other than `pixel` and `other` is asked for.
-  const A* row(int32_t pixel, int32_t other) {
-    for (int slot = 0; slot < 2; ++slot) {
-      if (held_[slot] == pixel) return rows_[slot].data();
-    }
-    const int slot = held_[0] == other ? 1 : 0;
-    held_[slot] = pixel;
-    kernels<T>().paste_spread(mask_ + pixel * stride_h_, columns_, rows_[slot].data());
-    return rows_[slot].data();
-  }
-
- private:
-  const T* mask_ = nullptr;
-  int64_t stride_h_ = 0;
-  PasteColumns<A> columns_ = {};
-  std::vector<int32_t> pixel_[2];
-  std::vector<A> weight_[2], rows_[2];
-  int32_t held_[2] = {-1, -1};
-};
 
 /// Makes the pages of `bytes` at `start` in each of the rows [first, end); those between rows that
 /// are far apart are left alone.

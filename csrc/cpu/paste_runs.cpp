@@ -13,13 +13,16 @@
 //                 | x x | x x | x x |      x: pixels of the column
 //     threshold   above above below below
 //                  ones   ?    zeros       only the middle segment is computed
+//
+// 64 columns are looked at together, row by row; their changes are then put into columns.
 #include "cpu/paste_runs.h"
 
 #include <algorithm>
-#include <limits>
+#include <vector>
 
 #include "cpu/dtypes.h"
 #include "cpu/parallel.h"
+#include "cpu/paste_rows.h"
 #include "half.h"
 
 namespace glimpse {
@@ -72,40 +75,13 @@ class RunWriter {
   bool value_ = false;
 };
 
-/// On which side of the threshold a number surely keeps the means that it is part of.
-enum class Side : uint8_t { kUnsure, kOnes, kZeros };
-
-/// Note [Which pixels are computed]
-template <class A>
-class Sides {
- public:
-  explicit Sides(A threshold)
-      : threshold_(threshold), shortens_(threshold > A(1e-30) && threshold < A(1e30)) {}
-
-  bool shortens() const { return shortens_; }
-
-  /// NaN is on no side. A mean of two numbers is rounded three times, and so are its weights.
-  Side of(A value) const {
-    constexpr A kMargin = 16 * std::numeric_limits<A>::epsilon();
-    const A magnitude = value < 0 ? -value : value;
-    // An infinite number times a weight of 0 would be NaN.
-    if (!shortens_ || !(magnitude < A(1e30))) return Side::kUnsure;
-    if (value - kMargin * magnitude > threshold_) return Side::kOnes;
-    return value + kMargin * magnitude < threshold_ ? Side::kZeros : Side::kUnsure;
-  }
-
- private:
-  A threshold_;
-  bool shortens_;
-};
-
 /// Rows first..end - 1 of the image, which read the same rows of the mask.
 struct Segment {
   int32_t first, end;
-  int32_t taps;
   int32_t row[2];
 };
 
+/// Note [Which pixels are computed]
 template <class T>
 class RunsOfMask {
  public:
@@ -113,123 +89,161 @@ class RunsOfMask {
 
   explicit RunsOfMask(const PasteProblem& problem)
       : problem_(problem),
-        store_(problem),
-        sides_(static_cast<A>(problem.threshold)),
-        background_(store_(A(0)) != 0),
-        mask_height_(static_cast<size_t>(problem.mask_height)),
-        column_(mask_height_),
-        side_(mask_height_) {
-    for (std::vector<A>& column : columns_) column.resize(mask_height_);
-  }
+        threshold_(static_cast<A>(problem.threshold)),
+        background_(A(0) >= threshold_) {}
 
   void write(int64_t k, PastedRuns& runs) {
     RunWriter writer(runs, problem_.height);
+    writer.set(0, 0, background_ && problem_.height > 0 && problem_.width > 0);
     const auto along_y = PasteLine<A>::of(problem_, k, kY);
     const auto along_x = PasteLine<A>::of(problem_, k, kX);
-    writer.set(0, 0, problem_.height > 0 && problem_.width > 0 && background_);
-    if (along_y.pixels.first < along_y.pixels.end && along_x.pixels.first < along_x.pixels.end) {
+    rows_ = reading_cells(along_y);
+    columns_ = reading_cells(along_x);
+    if (rows_.first < rows_.end && columns_.first < columns_.end) {
       find_segments(along_y);
-      mask_ = static_cast<const T*>(problem_.mask) + k * problem_.stride_n;
-      held_[0] = held_[1] = -1;
-      for (int32_t x = along_x.pixels.first; x < along_x.pixels.end; ++x) {
-        write_column(x, along_x.taps(x), along_y.pixels, writer);
-      }
-      if (along_x.pixels.end < problem_.width) writer.set(along_x.pixels.end, 0, background_);
+      spread_.start(problem_, k, along_x, columns_);
+      find_changes();
+      for (int32_t x = columns_.first; x < columns_.end; ++x) write_column(x, writer);
+      if (columns_.end < problem_.width) writer.set(columns_.end, 0, background_);
     }
     writer.end(problem_.width);
   }
 
  private:
+  static constexpr int32_t kWord = 64;
+
   void find_segments(const PasteLine<A>& line) {
-    const Cells rows = line.pixels;
     segments_.clear();
-    weight_.resize(2 * static_cast<size_t>(rows.end - rows.first));
-    first_row_ = rows.first;
-    for (int32_t y = rows.first; y < rows.end; ++y) {
-      const Taps<A> taps = line.taps(y);
-      const int32_t second = taps.count == 2 ? taps.pixel[1] : -1;
-      const int32_t first = taps.count > 0 ? taps.pixel[0] : -1;
-      A* weight = &weight_[2 * static_cast<size_t>(y - first_row_)];
-      weight[0] = taps.weight[0];
-      weight[1] = taps.weight[1];
-      if (!segments_.empty() && segments_.back().row[0] == first &&
-          segments_.back().row[1] == second) {
-        segments_.back().end = y + 1;
+    weight_.resize(2 * static_cast<size_t>(rows_.end - rows_.first));
+    A* weight = weight_.data();
+    for (int32_t y = rows_.first; y < rows_.end; ++y, weight += 2) {
+      const Pair<A> pair(line.taps(y));
+      weight[0] = pair.weight[0];
+      weight[1] = pair.weight[1];
+      Segment* last = segments_.empty() ? nullptr : &segments_.back();
+      if (last != nullptr && last->row[0] == pair.pixel[0] && last->row[1] == pair.pixel[1]) {
+        last->end = y + 1;
       } else {
-        segments_.push_back({y, y + 1, taps.count, {first, second}});
+        segments_.push_back({y, y + 1, {pair.pixel[0], pair.pixel[1]}});
       }
     }
   }
 
-  /// Column `pixel` of the mask. Stays valid until one other than `pixel` and `other` is asked for.
-  const A* mask_column(int32_t pixel, int32_t other) {
+  /// The rows of each column at which it changes, from background above the mask on.
+  void find_changes() {
+    const int32_t count = columns_.end - columns_.first;
+    words_ = (count + kWord - 1) / kWord;
+    last_word_ = ~uint64_t{0} >> (words_ * kWord - count);
+    stride_ = static_cast<size_t>(words_) * kWord;
+    count_.assign(stride_, 0);
+    before_.assign(static_cast<size_t>(words_), background_ ? ~uint64_t{0} : 0);
     for (int slot = 0; slot < 2; ++slot) {
-      if (held_[slot] == pixel) return columns_[slot].data();
+      above_[slot].resize(static_cast<size_t>(words_));
+      below_[slot].resize(static_cast<size_t>(words_));
+      known_[slot] = -1;
     }
-    const int slot = held_[0] == other ? 1 : 0;
-    held_[slot] = pixel;
-    const T* from = mask_ + pixel * problem_.stride_w;
-    for (size_t i = 0; i < mask_height_; ++i, from += problem_.stride_h) {
-      columns_[slot][i] = load_value(*from);
-    }
-    return columns_[slot].data();
-  }
-
-  void write_column(int32_t x, const Taps<A>& taps, Cells rows, RunWriter& writer) {
-    if (rows.first > 0 || taps.count == 0) writer.set(x, 0, background_);
-    if (taps.count == 0) return;
-    read_column(taps);
-    for (const Segment& segment : segments_) write_segment(x, segment, writer);
-    if (rows.end < problem_.height) writer.set(x, rows.end, background_);
-  }
-
-  /// column_ = the mask between its columns, for all rows of the mask.
-  void read_column(const Taps<A>& taps) {
-    const bool two = taps.count == 2;
-    const A* left = mask_column(taps.pixel[0], two ? taps.pixel[1] : -1);
-    if (two) {
-      const A* right = mask_column(taps.pixel[1], taps.pixel[0]);
-      for (size_t i = 0; i < mask_height_; ++i) {
-        column_[i] = taps.weight[0] * left[i] + taps.weight[1] * right[i];
+    // Below a denormal threshold or beyond a huge one, rounding is another.
+    const bool shortens = threshold_ > A(1e-30) && threshold_ < A(1e30);
+    for (const Segment& segment : segments_) {
+      const A* spread[2] = {spread_.row(segment.row[0], segment.row[1]),
+                            spread_.row(segment.row[1], segment.row[0])};
+      // Of a single row both weights are halves, and zeros lie beyond it.
+      const bool two = segment.row[0] != segment.row[1];
+      if (!shortens || !two) {
+        for (int32_t w = 0; w < words_; ++w) compute(segment, spread, w);
+        continue;
       }
-    } else {
-      for (size_t i = 0; i < mask_height_; ++i) column_[i] = taps.weight[0] * left[i];
+      const int first = sides_of(segment.row[0], segment.row[1], spread[0]);
+      const int second = sides_of(segment.row[1], segment.row[0], spread[1]);
+      for (int32_t w = 0; w < words_; ++w) {
+        const auto i = static_cast<size_t>(w);
+        const uint64_t ones = above_[first][i] & above_[second][i];
+        const uint64_t zeros = below_[first][i] & below_[second][i];
+        if ((ones | zeros | (w + 1 == words_ ? ~last_word_ : 0)) == ~uint64_t{0}) {
+          add_row(segment.first, w, ones);
+        } else {
+          compute(segment, spread, w);
+        }
+      }
     }
-    for (size_t i = 0; i < mask_height_; ++i) side_[i] = sides_.of(column_[i]);
+    if (rows_.end == problem_.height) return;
+    for (int32_t w = 0; w < words_; ++w) add_row(rows_.end, w, background_ ? ~uint64_t{0} : 0);
   }
 
-  void write_segment(int32_t x, const Segment& segment, RunWriter& writer) {
-    if (segment.taps == 0) return writer.set(x, segment.first, background_);
-    const auto above = static_cast<size_t>(segment.row[0]);
-    // Beyond the edge of the mask there are zeros.
-    const bool two = segment.taps == 2;
-    const auto below = static_cast<size_t>(two ? segment.row[1] : 0);
-    const Side side = side_[above];
-    const Side other = two ? side_[below] : sides_.shortens() ? Side::kZeros : Side::kUnsure;
-    if (side == other && side != Side::kUnsure) {
-      return writer.set(x, segment.first, side == Side::kOnes);
+  /// The slot of above_ and below_ that holds those of row `pixel` of the mask.
+  int sides_of(int32_t pixel, int32_t other, const A* spread) {
+    for (int slot = 0; slot < 2; ++slot) {
+      if (known_[slot] == pixel) return slot;
     }
-    const A a = column_[above], b = two ? column_[below] : A(0);
-    const A* weight = &weight_[2 * static_cast<size_t>(segment.first - first_row_)];
-    for (int32_t y = segment.first; y < segment.end; ++y, weight += 2) {
-      const A value = two ? weight[0] * a + weight[1] * b : weight[0] * a;
-      writer.set(x, y, store_(value) != 0);
+    const int slot = known_[0] == other ? 1 : 0;
+    known_[slot] = pixel;
+    kernels<T>().paste_sides(spread, words_, threshold_, above_[slot].data(), below_[slot].data());
+    return slot;
+  }
+
+  void compute(const Segment& segment, const A* const (&spread)[2], int32_t w) {
+    constexpr int32_t kRows = 64;
+    uint64_t words[kRows];
+    for (int32_t y = segment.first; y < segment.end; y += kRows) {
+      const int32_t rows = std::min(kRows, segment.end - y);
+      const A* weight = &weight_[2 * static_cast<size_t>(y - rows_.first)];
+      kernels<T>().paste_bits(
+          {{spread[0] + w * kWord, spread[1] + w * kWord}, weight, rows, threshold_}, words);
+      for (int32_t i = 0; i < rows; ++i) add_row(y + i, w, words[i]);
+    }
+  }
+
+  /// Bit i of `word` is the pixel of row y in column w * kWord + i.
+  void add_row(int32_t y, int32_t w, uint64_t word) {
+    uint64_t& before = before_[static_cast<size_t>(w)];
+    uint64_t changed = (word ^ before) & (w + 1 == words_ ? last_word_ : ~uint64_t{0});
+    before = word;
+    for (; changed != 0; changed &= changed - 1) {
+      const size_t column =
+          static_cast<size_t>(w) * kWord + static_cast<size_t>(__builtin_ctzll(changed));
+      const size_t at = static_cast<size_t>(count_[column]++) * stride_ + column;
+      if (at >= changes_.size()) changes_.resize(at / stride_ * stride_ + stride_);
+      changes_[at] = y;
+    }
+  }
+
+  void write_column(int32_t x, RunWriter& writer) {
+    const auto column = static_cast<size_t>(x - columns_.first);
+    const int32_t* change = changes_.data() + column;
+    int32_t left = count_[column];
+    bool value = background_;
+    const auto next = [&] {
+      const int32_t y = *change;
+      change += stride_;
+      --left;
+      value = !value;
+      return y;
+    };
+    // A column that starts with another value does not start with the background first.
+    if (left > 0 && *change == 0) next();
+    writer.set(x, 0, value);
+    while (left > 0) {
+      const int32_t y = next();
+      writer.set(x, y, value);
     }
   }
 
   const PasteProblem& problem_;
-  PasteStore<A, uint8_t> store_;
-  Sides<A> sides_;
+  A threshold_;
   bool background_;
-  size_t mask_height_;
-  int32_t first_row_ = 0;
+  Cells rows_ = {0, 0}, columns_ = {0, 0};  // of the image that read the mask
   std::vector<Segment> segments_;
   std::vector<A> weight_;  // two of each row
-  const T* mask_ = nullptr;
-  int32_t held_[2] = {-1, -1};  // columns of the mask in columns_
-  std::vector<A> columns_[2];
-  std::vector<A> column_;   // of the image: the mask between two of its columns
-  std::vector<Side> side_;  // of column_
+  SpreadRows<T> spread_;
+  int32_t words_ = 0;
+  uint64_t last_word_ = 0;                     // its columns
+  std::vector<uint64_t> above_[2], below_[2];  // of two rows of the mask
+  int32_t known_[2] = {-1, -1};
+  std::vector<uint64_t> before_;  // the row above
+  /// First the first change of every column, then the second one and so on: columns have few.
+  std::vector<int32_t> changes_;
+  std::vector<int32_t> count_;  // of changes of each column
+  size_t stride_ = 0;           // columns
 };
 
 }  // namespace

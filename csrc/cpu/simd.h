@@ -182,6 +182,37 @@ GLIMPSE_INLINE Vector<A> keep(Vector<A> v, const A* mask) {
 }
 
 template <class A>
+GLIMPSE_INLINE Vector<A> larger_of(Vector<A> a, Vector<A> b) {
+  return a > b ? a : b;
+}
+
+/// A bit for each lane: a >= b.
+template <class A>
+GLIMPSE_INLINE uint32_t not_less_lanes(Vector<A> a, Vector<A> b) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes<A>; ++lane) bits |= uint32_t{a[lane] >= b[lane]} << lane;
+  return bits;
+}
+GLIMPSE_INLINE uint32_t not_less(Vector<float> a, Vector<float> b) {
+#if GLIMPSE_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+#elif GLIMPSE_VECTOR_BYTES == 32
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+#else
+  return not_less_lanes<float>(a, b);
+#endif
+}
+GLIMPSE_INLINE uint32_t not_less(Vector<double> a, Vector<double> b) {
+#if GLIMPSE_VECTOR_BYTES == 64
+  return _mm512_cmp_pd_mask(a, b, _CMP_GE_OQ);
+#elif GLIMPSE_VECTOR_BYTES == 32
+  return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ)));
+#else
+  return not_less_lanes<double>(a, b);
+#endif
+}
+
+template <class A>
 GLIMPSE_INLINE double sum_lanes(Vector<A> v) {
   double sum = 0;
   for (int lane = 0; lane < kLanes<A>; ++lane) sum += static_cast<double>(v[lane]);
