@@ -215,19 +215,37 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _whole_run(everything: Part) -> tuple[Part, ...]:
-    """Float32, and 16 bits where they say something: on the CPU one layout and thread."""
-    on_cpu = dataclasses.replace(everything, devices=("cpu",))
-    on_cuda = dataclasses.replace(everything, devices=("cuda",), dtypes=tuple(DTYPES))
-    sixteen = dataclasses.replace(
-        on_cpu,
-        workloads=tuple(w for w in everything.workloads if w.name in SIXTEEN_BIT_WORKLOADS),
-        dtypes=("float16", "bfloat16"),
-        layouts=tuple(name for name in everything.layouts if name == "channels_last"),
-        threads=everything.threads[:1],
-        directions=tuple(d for d in everything.directions if d in ("forward", "backward")),
+    """What is worth the time of slow peers. On the CPU, with one thread: in the first layout all
+    directions, in the other one each gradient alone; with several threads: forward and backward; in
+    16 bits: these, in channels_last, where float32 has to be matched. On CUDA all.
+    """
+
+    def part(layouts: Sequence[str], threads: Sequence[int], directions: Sequence[str]) -> Part:
+        return dataclasses.replace(
+            everything,
+            devices=("cpu",),
+            layouts=tuple(layouts),
+            threads=tuple(threads),
+            directions=tuple(d for d in everything.directions if d in directions),
+        )
+
+    layouts, threads = everything.layouts, everything.threads
+    simple = ("forward", "backward")
+    parts = (
+        part(layouts[:1], threads[:1], DIRECTIONS),
+        part(layouts[1:], threads[:1], (*simple, "box gradient")),
+        part(layouts[:1], threads[1:], simple),
+        part(layouts[1:], threads[1:], simple),
+        dataclasses.replace(
+            part([name for name in layouts if name == "channels_last"], threads[:1], simple),
+            workloads=tuple(w for w in everything.workloads if w.name in SIXTEEN_BIT_WORKLOADS),
+            dtypes=("float16", "bfloat16"),
+        ),
     )
-    parts = (on_cpu, sixteen) if "cpu" in everything.devices else ()
-    return parts + ((on_cuda,) if "cuda" in everything.devices else ())
+    on_cuda = dataclasses.replace(everything, devices=("cuda",), dtypes=tuple(DTYPES))
+    return (parts if "cpu" in everything.devices else ()) + (
+        (on_cuda,) if "cuda" in everything.devices else ()
+    )
 
 
 def forecast(runner: Runner) -> str:
@@ -258,6 +276,7 @@ def run(
     for part in plan_facts["parts"]:
         part["workloads"] = [work["name"] for work in part["workloads"]]
     plan_facts["workloads"] = {w.name: dataclasses.asdict(w) for w in plan.workloads}
+    results["unfinished"] = runner.unfinished
     results |= {"plan": plan_facts, "copy_bytes_per_second": runner.bandwidths, "rows": rows}
     return results
 

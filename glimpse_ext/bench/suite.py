@@ -18,7 +18,7 @@ from torch.utils.benchmark import timer
 
 from . import timing
 from .devices import Device, NotCaptured, make_device, place
-from .memory import peak_extra
+from .memory import measured, peak_extra
 from .peers import OPERATORS, Make, Operator, Peer, Pool
 from .timing import Spread, interleave, ratios, summarise
 from .workloads import LAYOUTS, Workload
@@ -73,15 +73,18 @@ class Plan:
     round_seconds: float = 0.03
     seconds: float = 4.0  # for each implementation of a row, see timing.interleave
     minutes: float | None = None  # for all rows together
+    stops: bool = False  # after these minutes, with the rows that there are
     patience: float = 10.0  # a peer whose forward takes longer is left out
     compile_patience: float = 60.0
 
     def settings(self, devices: Mapping[str, Device]) -> Iterator[Setting]:
+        first = next((layout for part in self.parts for layout in part.layouts), "")
         for part in self.parts:
             for device in part.devices:
                 for work in part.workloads:
                     # A mask has one channel: one layout.
-                    layouts = part.layouts[:1] if work.mask else part.layouts
+                    both = part.layouts
+                    layouts = tuple(x for x in both if x == first) if work.mask else both
                     # Threads are of the CPU; the GPU has its own.
                     counts = part.threads if device == "cpu" else part.threads[:1]
                     wanted = OPERATORS[work.operator].directions(part.directions)
@@ -405,6 +408,15 @@ class Candidate:
         return direction != "box gradient"
 
 
+@dataclass(frozen=True)
+class FirstCall:
+    """What is known before the time is taken."""
+
+    seconds: float
+    extra: int | None
+    errors: Errors
+
+
 Sets = Sequence[Sequence[Tensor]]
 
 
@@ -416,6 +428,7 @@ class Runner:
         self.devices = devices or {name: make_device(name) for name in plan.devices}
         self.steps = sum(setting.rows for setting in plan.settings(self.devices))
         self._left = self.steps
+        self.unfinished: list[str] = []
         self._start = timer()
         self._rates: dict[str, list[float]] = {}
         self._expected: dict[tuple[str, str, str], Expected] = {}
@@ -427,6 +440,9 @@ class Runner:
         self._start = timer()
         try:
             for setting in self.plan.settings(self.devices):
+                if self.plan.stops and self._minutes_left <= 0:
+                    self.unfinished.append(str(setting))
+                    continue
                 torch.set_num_threads(setting.threads)
                 with setting.device.scope():
                     for row in self._setting(setting):
@@ -449,6 +465,12 @@ class Runner:
                 row["call_seconds"] = calls.get(_same_call(row))
 
     @property
+    def _minutes_left(self) -> float:
+        if self.plan.minutes is None:
+            return math.inf
+        return self.plan.minutes - float(timer() - self._start) / 60
+
+    @property
     def bandwidths(self) -> dict[str, float]:
         """Bytes per second of a copy by device and threads: medians over the run, as times are."""
         return {key: statistics.median(rates) for key, rates in self._rates.items()}
@@ -460,11 +482,8 @@ class Runner:
 
     def _seconds(self, implementations: int) -> float:
         """For each implementation of the next row, so that the rows that are left fit."""
-        if self.plan.minutes is None:
-            return self.plan.seconds
-        left = 60 * self.plan.minutes - (timer() - self._start)
         # Half of a row goes into inputs, checks, first calls and memory.
-        share = left / max(self._left, 1) / 2 / implementations
+        share = 60 * self._minutes_left / max(self._left, 1) / 2 / implementations
         return min(self.plan.seconds, max(LEAST_SECONDS, share))
 
     def _setting(self, setting: Setting) -> Iterator[Row]:
@@ -553,7 +572,7 @@ class Runner:
         right = expected.of(direction)
         grad = boxes if expected.grad is None else expected.grad.to(setting.dtype).to(boxes.device)
         calls: dict[str, list[Callable[[], list[Tensor | None]]]] = {}
-        errors: dict[str, Errors] = {}
+        firsts: dict[str, FirstCall] = {}
         failed: dict[str, Row] = {}
 
         def make(make: Make, maps: Sets, kind: str) -> list[Callable[[], list[Tensor | None]]]:
@@ -565,15 +584,17 @@ class Runner:
             try:
                 with self._first_calls(name):
                     own = make(candidate.make, sets, direction)
-                    values = own[0]()
+                    start = timer()
+                    values, extra = measured(own[0], setting.device.torch)
+                    seconds = float(timer() - start)
                 if candidate.convention is not None:
                     with torch.no_grad():
                         other = candidate.convention(setting.work, boxes, setting.dtype)(sets[0])
-                    errors[name] = Errors.of(values, [other.double()], direction)
+                    errors = Errors.of(values, [other.double()], direction)
                 elif _no_gradient(values, right) and name != OURS:
                     raise NotImplementedError("it has no gradient to the boxes")
                 else:
-                    errors[name] = Errors.of(values, right, direction)
+                    errors = Errors.of(values, right, direction)
                 del values
                 for call in own[1:]:
                     call()
@@ -582,28 +603,31 @@ class Runner:
                     raise
                 failed[name] = {"left_out": _first_line(error)}
                 continue
+            if seconds < timing.LONG_SECONDS:
+                # Something may have been made at the first call that stays.
+                extra = peak_extra(own[0], setting.device.torch)
             calls[name] = own
-        good = errors[OURS].within(*self._limits(setting, direction))
-        base: Row = {"ok": good, "error": errors[OURS].largest}
+            firsts[name] = FirstCall(seconds, extra, errors)
+        good = firsts[OURS].errors.within(*self._limits(setting, direction))
+        base: Row = {"ok": good, "error": firsts[OURS].errors.largest}
         if good:
             yardsticks = self._yardsticks(setting, direction, sets, boxes, expected)
-            where = setting.device.torch
-            memory = {name: peak_extra(call[0], where) for name, call in calls.items()}
         for launch, cache in setting.device.launches:
             row: Row = {"launch": launch, "cache": cache, **base, "peers": dict(failed)}
             if not good:
                 yield row
                 continue
             used = {n: c if cache == "cold" else c[:1] for n, c in (calls | yardsticks).items()}
-            row |= self._time(setting, launch, used, row["peers"])
-            row["peak_extra_bytes"] = memory[OURS]
+            row |= self._time(setting, launch, used, firsts, row["peers"])
+            row["peak_extra_bytes"] = firsts[OURS].extra
             for name, peer in row["peers"].items():
                 if "ratio" in peer:
-                    peer["error"] = errors[name].largest
-                    peer["accurate"] = errors[name].within(
+                    first = firsts[name]
+                    peer["error"] = first.errors.largest
+                    peer["accurate"] = first.errors.within(
                         PEER_ERROR[setting.dtype], PEER_BOX_ERROR
                     )
-                    peer["peak_extra_bytes"] = memory[name]
+                    peer["peak_extra_bytes"] = first.extra
             yield row
 
     def _first_calls(self, name: str) -> AbstractContextManager[None]:
@@ -649,14 +673,16 @@ class Runner:
         setting: Setting,
         launch: str,
         calls: Mapping[str, Sequence[Callable[[], list[Tensor | None]]]],
+        firsts: Mapping[str, FirstCall],
         peers: dict[str, Row],
     ) -> Row:
         """Times of ours; those of the peers are put into ``peers``."""
         watches = {}
         for name, own in calls.items():
             try:
+                first = firsts[name].seconds if name in firsts else 0.0
                 watches[name] = setting.device.watch(
-                    own, launch, setting.threads, self.plan.round_seconds
+                    own, launch, setting.threads, self.plan.round_seconds, first
                 )
             except NotCaptured as error:
                 if name == OURS:

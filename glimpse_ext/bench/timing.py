@@ -17,6 +17,9 @@ from torch.utils.benchmark import timer
 from .devices import Device, Watch
 
 LEAST_ROUNDS = 3
+# Of what takes longer than this in a round, there are enough with fewer.
+LONG_SECONDS = 0.5
+LEAST_LONG_ROUNDS = 2
 COPY_BYTES = 2**26
 COPY_ROUND_SECONDS = 0.05
 
@@ -24,14 +27,20 @@ COPY_ROUND_SECONDS = 0.05
 def interleave(watches: Mapping[str, Watch], rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds per call by name and round; NaN where a slow one was left out of a round.
 
-    Each gets about ``seconds`` in all, but `LEAST_ROUNDS` rounds in any case. The first name is
-    timed in every round; when all others are done, the rounds end.
+    Each gets about ``seconds`` in all, but `LEAST_ROUNDS` rounds in any case, or
+    `LEAST_LONG_ROUNDS`. The first name is timed in every round; when all others are done, the
+    rounds end.
     """
+
+    def enough(name: str, index: int) -> bool:
+        long = spent[name] > LONG_SECONDS * index
+        return index >= (LEAST_LONG_ROUNDS if long else LEAST_ROUNDS) and spent[name] >= seconds
+
     names = list(watches)
     times: dict[str, list[float]] = {name: [] for name in names}
     spent = dict.fromkeys(names, 0.0)
     for index in range(rounds):
-        done = {n for n in names if index >= LEAST_ROUNDS and spent[n] >= seconds}
+        done = {n for n in names if enough(n, index)}
         if done >= set(names[1:] or names):
             break
         turn = index % len(names)
