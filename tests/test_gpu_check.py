@@ -92,6 +92,7 @@ def test_timing_is_the_bench_and_is_kept_in_its_own_file(gpu_check, tmp_path):
 def test_time_of_all_parts_fits(gpu_check):
     assert set(gpu_check.LIMITS) == set(gpu_check.PARTS)
     assert max(gpu_check.LIMITS.values()) < 600
+    assert sum(gpu_check.LIMITS.values()) <= 1800
 
 
 def test_the_last_report_is_found_behind_other_output(gpu_check):
