@@ -173,19 +173,23 @@ def _box_grid(low: Tensor, high: Tensor, size: int, align_corners: bool) -> Tens
     return F.affine_grid(theta, [len(low), 1, size, size], align_corners=align_corners)
 
 
+def _numbers(x: Tensor, y: Tensor, width: int, height: int) -> Tensor:
+    """Edges of pixels as grid_sample's numbers ``[K, 2]``; a tensor of sizes would be copied."""
+    return torch.stack([x * (2 / width) - 1, y * (2 / height) - 1], dim=1)
+
+
 def crop(image: Tensor, boxes: Tensor, size: int, slots: Slots) -> Tensor:
     """Boxes ``[K, 5]`` in pixels, one sample in the middle of each cell."""
     height, width = image.shape[2:]
-    extent = boxes.new_tensor([width, height])
-    low, high = boxes[:, 1:3] / extent * 2 - 1, boxes[:, 3:5] / extent * 2 - 1
+    low, high = (_numbers(boxes[:, k], boxes[:, k + 1], width, height) for k in (1, 3))
     grid = _box_grid(low, high, size, False)
     return _fold(_wide(image), grid, slots, "zeros", False).to(image.dtype)
 
 
 def crop_and_resize(image: Tensor, boxes: Tensor, size: int, slots: Slots) -> Tensor:
     """Boxes ``[K, 4]`` of y1, x1, y2, x2 in fractions of the outer pixel centres."""
-    numbers = boxes[:, [1, 0, 3, 2]] * 2 - 1
-    grid = _box_grid(numbers[:, :2], numbers[:, 2:], size, True)
+    low, high = (_numbers(boxes[:, k + 1], boxes[:, k], 1, 1) for k in (0, 2))
+    grid = _box_grid(low, high, size, True)
     return _fold(_wide(image), grid, slots, "zeros", True).to(torch.float32)
 
 
@@ -223,10 +227,10 @@ def point_sample(image: Tensor, points: Tensor) -> Tensor:
 def extract_glimpse(image: Tensor, size: int, offsets: Tensor) -> Tensor:
     """Whole windows around offsets y, x of TensorFlow's default kind, zeros outside."""
     height, width = image.shape[2:]
-    extent = offsets.new_tensor([height, width])
-    first = torch.trunc((offsets * extent + extent - size) / 2)[:, [1, 0]]
-    ends = offsets.new_tensor([width, height])
-    grid = _box_grid(first / ends * 2 - 1, (first + size) / ends * 2 - 1, size, False)
+    y = torch.trunc((offsets[:, 0] * height + height - size) / 2)
+    x = torch.trunc((offsets[:, 1] * width + width - size) / 2)
+    low, high = (_numbers(x + side, y + side, width, height) for side in (0, size))
+    grid = _box_grid(low, high, size, False)
     sampled = F.grid_sample(_wide(image), grid, align_corners=False)
     return sampled.to(image.dtype)
 

@@ -169,7 +169,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     directions = tuple(arguments.directions)
     compiled = arguments.compiled
     if compiled is None:
-        compiled = () if arguments.quick else COMPILED_WORKLOADS
+        compiled = () if arguments.quick or arguments.tiny else COMPILED_WORKLOADS
     everything = Part(
         workloads=chosen,
         devices=tuple(arguments.devices),

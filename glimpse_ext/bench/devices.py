@@ -201,6 +201,7 @@ class Cuda:
     def __init__(self, device: torch.device | None = None, api: Any = torch.cuda) -> None:
         self.torch = torch.device("cuda", 0) if device is None else device
         self._api = api
+        self._stream: Any = None
         self.now = timer
 
     def sets(self, nbytes: int) -> int:
@@ -214,7 +215,8 @@ class Cuda:
         A backward runs on the stream of its forward, so forwards run there from the beginning.
         """
         before = self._api.current_stream(self.torch)
-        stream = self._api.Stream(self.torch)
+        # Always the same: the allocator keeps freed memory for each stream.
+        self._stream = stream = self._stream or self._api.Stream(self.torch)
         stream.wait_stream(before)
         with self._api.stream(stream):
             yield

@@ -277,9 +277,10 @@ def _kornia_crop_and_resize(work: Workload, boxes: Tensor, dtype: torch.dtype) -
     crop_and_resize = _imported("kornia.geometry.transform", "crop_and_resize")
     index, size = boxes[:, 0].long(), (work.output_size, work.output_size)
     height, width = work.sizes[0]
+    ends = boxes.new_tensor([height - 1, width - 1, height - 1, width - 1])
 
     def pool(maps: Sequence[Tensor]) -> Tensor:
-        y1, x1, y2, x2 = (boxes[:, 1:] * boxes.new_tensor([height - 1, width - 1] * 2)).unbind(1)
+        y1, x1, y2, x2 = (boxes[:, 1:] * ends).unbind(1)
         corners = torch.stack([x1, y1, x2, y1, x2, y2, x1, y2], dim=1).view(-1, 4, 2)
         cropped: Tensor = crop_and_resize(maps[0][index], corners, size)
         return cropped.float()
