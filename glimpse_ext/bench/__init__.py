@@ -51,6 +51,7 @@ OVERHEAD = "overhead.json"
 
 MINUTES = 20.0
 QUICK_MINUTES = 1.7
+QUICK_WORKLOADS = tuple("W1 W2a W2b W3 W4a W5 W6a W7 W8a W9 W10 W11a".split())
 # What goes by without regard to --minutes: rounds that are the least there may be, slow peers.
 FORECAST_FACTOR = 1.15
 SIXTEEN_BIT_WORKLOADS = ("W1", "W2a", "W3")
@@ -113,7 +114,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two minutes on two cores: smaller workloads, forward and backward, contiguous",
+        help="two minutes on two cores: fewer and smaller workloads, forward and backward, "
+        "contiguous",
     )
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -164,6 +166,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """ValueError for a workload that does not exist."""
     chosen = tuple(workloads.WORKLOADS)
+    if arguments.quick:
+        chosen = tuple(workloads.select(list(QUICK_WORKLOADS)))
     if arguments.workloads:
         chosen = tuple(workloads.select(arguments.workloads))
     directions = tuple(arguments.directions)

@@ -46,6 +46,8 @@ REFERENCE_BOXES = 48
 LONG_SECONDS = 1.0
 REFERENCE_CHANNELS = 2
 REFERENCE_MASKS = 5
+# From one measurement of the rate of a copy to the next.
+BANDWIDTH_SECONDS = 10.0
 # A time is never shared out below this for each implementation of a row.
 LEAST_SECONDS = 0.05
 
@@ -431,6 +433,7 @@ class Runner:
         self.unfinished: list[str] = []
         self._start = timer()
         self._rates: dict[str, list[float]] = {}
+        self._rated: dict[str, float] = {}
         self._expected: dict[tuple[str, str, str], Expected] = {}
 
     def run(self, progress: Callable[[Row], None]) -> list[Row]:
@@ -476,6 +479,11 @@ class Runner:
         return {key: statistics.median(rates) for key, rates in self._rates.items()}
 
     def _measure_bandwidth(self, setting: Setting) -> None:
+        """Again and again, because neighbours change it, but not for every setting."""
+        now = float(timer())
+        if now - self._rated.get(setting.place, -math.inf) < BANDWIDTH_SECONDS:
+            return
+        self._rated[setting.place] = now
         size = timing.COPY_BYTES * (16 if setting.device.torch.type == "cuda" else 1)
         rate = timing.copy_bandwidth(setting.device, setting.threads, size)
         self._rates.setdefault(setting.place, []).append(rate)
