@@ -51,7 +51,7 @@ OVERHEAD = "overhead.json"
 
 MINUTES = 20.0
 QUICK_MINUTES = 1.7
-QUICK_WORKLOADS = tuple("W1 W2a W2b W3 W4a W5 W6a W7 W8a W9 W10 W11a".split())
+QUICK_WORKLOADS = ("W1", "W2", "W3", "W4a", "W5", "W6a", "W7", "W8a", "W9", "W10", "W11a")
 # What goes by without regard to --minutes: rounds that are the least there may be, slow peers.
 FORECAST_FACTOR = 1.15
 SIXTEEN_BIT_WORKLOADS = ("W1", "W2a", "W3")
