@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -35,7 +34,14 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+from glimpse_ext import bench  # noqa: E402
+from glimpse_ext.bench import report as bench_report  # noqa: E402
+from glimpse_ext.bench.memory import peak_extra  # noqa: E402
+from glimpse_ext.bench.peers import OPERATORS, PEER_NAMES  # noqa: E402
+from glimpse_ext.bench.suite import DTYPES, Part, Plan  # noqa: E402
+from glimpse_ext.bench.workloads import LAYOUTS, WORKLOADS, Workload, select  # noqa: E402
 
 Report = dict[str, Any]
 
@@ -52,263 +58,81 @@ class Setting:
             torch.cuda.synchronize(self.device)
 
 
-# ---------------------------------------------------------------------------------------- workloads
+# ------------------------------------------------------------------------------ inputs of the bench
 
 
-@dataclass(frozen=True)
-class Workload:
-    """Pooling as a detector does it; strides are image pixels per feature map pixel."""
-
-    name: str
-    what: str
-    strides: tuple[int, ...]
-    channels: int
-    boxes: int
-    output_size: int
-    sampling_ratio: int
-    image: tuple[int, int] = (800, 1344)
-    batch: int = 2
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        return [(self.image[0] // s, self.image[1] // s) for s in self.strides]
-
-    @property
-    def scales(self) -> list[float]:
-        return [1 / s for s in self.strides]
-
-    def tiny(self) -> Workload:
-        return replace(self, channels=8, boxes=10, image=(64, 96))
+def one_of_each() -> list[Workload]:
+    """A workload of every operator, and the two others that reach kernels of their own."""
+    chosen: dict[str, Workload] = {}
+    for work in WORKLOADS:
+        if not work.overhead:
+            chosen.setdefault(work.operator, work)
+    return [*chosen.values(), *select(["W2b", "W11b"])]
 
 
-WORKLOADS = [
-    Workload("W1", "box head on a pyramid", (4, 8, 16, 32), 256, 1000, 7, 2),
-    Workload("W2b", "C4 box head, adaptive sampling", (16,), 1024, 512, 14, 0),
-    Workload("W3", "mask head on a pyramid", (4, 8, 16, 32), 256, 256, 14, 2),
-]
-
-
-def make_boxes(work: Workload, seed: int = 0) -> Tensor:
-    """[K, 5], sorted by image: sides log-normal about 80 pixels, 70 % near one of 12 objects."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    count = work.boxes
-    height, width = work.image
-    extent = torch.tensor([width, height], dtype=torch.float64)
-    image = torch.arange(count) * work.batch // count
-    side = (80 * normal(count).exp()).clamp(8, min(work.image))
-    aspect = (0.45 * normal(count)).exp()
-    sides = torch.stack([side * aspect.sqrt(), side / aspect.sqrt()], 1)
-    objects = uniform(work.batch, 12, 2) * extent
-    near = objects[image, torch.randint(0, 12, (count,), generator=generator)]
-    near = near + 0.3 * sides * normal(count, 2)
-    anywhere = uniform(count, 2) * extent
-    centre = torch.where(uniform(count, 1) < 0.7, near, anywhere)
-    low = (centre - sides / 2).clamp(min=0).minimum(extent - 1)
-    high = (centre + sides / 2).minimum(extent).maximum(low + 1)
-    return torch.cat([image[:, None].double(), low, high], 1).float()
-
-
-def make_features(
-    setting: Setting, work: Workload, dtype: torch.dtype, layout: str, seed: int
-) -> list[Tensor]:
-    generator = torch.Generator(setting.device).manual_seed(seed)
-    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    maps = []
-    for height, width in work.sizes:
-        shape = (work.batch, work.channels, height, width)
-        values = torch.randn(shape, generator=generator, device=setting.device)
-        maps.append(values.to(dtype).contiguous(memory_format=form))
-    return maps
-
-
-def assigned_levels(work: Workload, boxes: Tensor) -> Tensor:
-    """Index of the map of each box, as torchvision assigns it."""
-    if len(work.strides) == 1:
-        return torch.zeros(len(boxes), dtype=torch.int64)
-    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
-    first = int(math.log2(work.strides[0]))
-    level = torch.floor(4 + torch.log2(area.sqrt() / 224) + 1e-6)
-    return level.clamp(first, first + len(work.strides) - 1).long() - first
-
-
-# --------------------------------------------------------------------------------- implementations
-
-Pool = Callable[[Sequence[Tensor]], Tensor | list[Tensor]]
-
-
-def pool_here(work: Workload, boxes: Tensor) -> Pool:
-    import glimpse_ext
-
-    size = work.output_size
-    if len(work.strides) == 1:
-        scale = work.scales[0]
-        return lambda maps: glimpse_ext.roi_align(maps[0], boxes, size, scale, work.sampling_ratio)
-    return lambda maps: glimpse_ext.multiscale_roi_align(
-        maps, boxes, size, work.scales, work.sampling_ratio
-    )
-
-
-def pool_torchvision(work: Workload, boxes: Tensor) -> Pool:
-    """One call per level with the boxes already split: the best case, without the level loop."""
-    from torchvision.ops import roi_align
-
-    levels = assigned_levels(work, boxes.cpu()).to(boxes.device)
-    split = [boxes[levels == level] for level in range(len(work.strides))]
-
-    def pool(maps: Sequence[Tensor]) -> list[Tensor]:
-        pooled = []
-        for features, rows, scale in zip(maps, split, work.scales, strict=True):
-            # There is no bfloat16 kernel there.
-            wide = features.float() if features.dtype == torch.bfloat16 else features
-            rows = rows.to(wide.dtype)
-            one = roi_align(wide, rows, work.output_size, scale, work.sampling_ratio)
-            pooled.append(one.to(features.dtype))
-        return pooled
-
-    return pool
-
-
-def pool_torchvision_module(work: Workload, boxes: Tensor) -> Pool:
-    """MultiScaleRoIAlign as detectors call it. It waits for the device at every level."""
-    from torchvision.ops import MultiScaleRoIAlign
-
-    names = [str(i) for i in range(len(work.strides))]
-    module = MultiScaleRoIAlign(names, work.output_size, work.sampling_ratio)
-    rows = [boxes[boxes[:, 0] == image, 1:] for image in range(work.batch)]
-
-    def pool(maps: Sequence[Tensor]) -> Tensor:
-        wide = [m.float() if m.dtype == torch.bfloat16 else m for m in maps]
-        typed = [r.to(wide[0].dtype) for r in rows]
-        pooled: Tensor = module(
-            dict(zip(names, wide, strict=True)), typed, [work.image] * work.batch
-        )
-        return pooled.to(maps[0].dtype)
-
-    return pool
-
-
-def pool_grid_sample(work: Workload, boxes: Tensor) -> Pool:
-    """grid_sample at 2x2 points per cell and their mean; the grids are made beforehand."""
-    levels = assigned_levels(work, boxes.cpu()).to(boxes.device)
-    cells, samples = work.output_size, 2
-    step = (torch.arange(cells * samples, device=boxes.device) + 0.5) / (cells * samples)
-    grids: list[tuple[int, int, Tensor]] = []
-    for level, (height, width) in enumerate(work.sizes):
-        for image in range(work.batch):
-            rows = boxes[(levels == level) & (boxes[:, 0] == image), 1:] * work.scales[level]
-            if len(rows) == 0:
-                continue
-            x = rows[:, :1] + (rows[:, 2:3] - rows[:, :1]).clamp(min=1) * step
-            y = rows[:, 1:2] + (rows[:, 3:] - rows[:, 1:2]).clamp(min=1) * step
-            # The legacy convention takes edges for pixel indices: half a pixel further.
-            x, y = (2 * x + 1) / width - 1, (2 * y + 1) / height - 1
-            shape = (len(rows), cells * samples, cells * samples)
-            grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], -1)
-            grids.append((level, image, grid.flatten(0, 1)[None].contiguous()))
-
-    def pool(maps: Sequence[Tensor]) -> list[Tensor]:
-        pooled = []
-        for level, image, grid in grids:
-            features = maps[level][image : image + 1]
-            points = torch.nn.functional.grid_sample(
-                features, grid.to(features.dtype), padding_mode="border", align_corners=False
-            )
-            boxes_here = grid.shape[1] // (cells * samples)
-            shape = (features.shape[1], boxes_here, cells, samples, cells, samples)
-            pooled.append(points[0].reshape(shape).mean((3, 5)).transpose(0, 1))
-        return pooled
-
-    return pool
-
-
-@dataclass(frozen=True)
-class Implementation:
-    name: str
-    make: Callable[[Workload, Tensor], Pool]
-    captures: bool = True  # into a CUDA graph
-    pyramid_only: bool = False
-
-
-IMPLEMENTATIONS = [
-    Implementation("glimpse_ext", pool_here),
-    Implementation("torchvision", pool_torchvision),
-    Implementation("MultiScaleRoIAlign", pool_torchvision_module, False, True),
-    Implementation("grid_sample", pool_grid_sample),
-]
-
-
-# ------------------------------------------------------------------------------------------- timing
-
-Calls = Sequence[Callable[[], object]]
-
-
-@dataclass(frozen=True)
-class Time:
-    """Microseconds of one call."""
-
-    median: float
-    spread: float  # between the quartiles
-
-
-def summarise(samples: list[float]) -> Time:
-    quarters = statistics.quantiles(samples, n=4)
-    return Time(statistics.median(samples), quarters[2] - quarters[0])
-
-
-def run_calls(calls: Calls, count: int) -> None:
-    for i in range(count):
-        calls[i % len(calls)]()
-
-
-def plan(setting: Setting, calls: Calls) -> tuple[int, int]:
-    """Calls per sample and samples: 20 of 20, fewer where a call takes long."""
+def small_works(setting: Setting) -> list[Workload]:
+    """Few enough boxes to run them many times."""
     if setting.dry:
-        return 2, 2
-    run_calls(calls, len(calls))
-    setting.synchronize()
-    start = time.perf_counter()
-    run_calls(calls, len(calls))
-    setting.synchronize()
-    seconds = (time.perf_counter() - start) / len(calls)
-    per_sample = max(1, min(20, int(0.05 / seconds)))
-    return per_sample, max(5, min(20, int(0.5 / (seconds * per_sample))))
+        return [work.tiny() for work in one_of_each()]
+    thin = [replace(work, channels=min(work.channels, 256)) for work in one_of_each()]
+    return [work if work.whole else replace(work, boxes=min(work.boxes, 200)) for work in thin]
 
 
-def time_eager(setting: Setting, calls: Calls) -> Time:
-    """Host included: what a loop of calls costs."""
-    per_sample, count = plan(setting, calls)
-    samples = []
-    for _ in range(count):
-        setting.synchronize()
-        start = time.perf_counter()
-        run_calls(calls, per_sample)
-        setting.synchronize()
-        samples.append((time.perf_counter() - start) / per_sample * 1e6)
-    return summarise(samples)
+@dataclass(frozen=True)
+class Inputs:
+    """What a call of our operator is given."""
+
+    work: Workload
+    maps: list[Tensor]
+    rows: Tensor
+
+    @classmethod
+    def make(
+        cls, setting: Setting, work: Workload, dtype: torch.dtype, layout: str, seed: int = 0
+    ) -> Inputs:
+        maps = [m.to(setting.device) for m in work.make_features(dtype, layout, seed)]
+        rows = OPERATORS[work.operator].place(work, work.make_boxes(seed))
+        return cls(work, maps, rows.to(setting.device))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.maps, self.rows]
+
+    def every_other(self) -> Inputs:
+        operator = OPERATORS[self.work.operator]
+        index = torch.arange(0, self.rows.shape[operator.rows], 2, device=self.rows.device)
+        maps = [m[index] for m in self.maps] if operator.paired else self.maps
+        return Inputs(self.work, maps, self.rows.index_select(operator.rows, index))
+
+    def call(self) -> list[Tensor]:
+        """The result and every gradient there is. It makes nothing that a graph cannot hold."""
+        operator = OPERATORS[self.work.operator]
+        maps, rows = self.maps, self.rows
+        if "maps" in operator.gradients:
+            maps = [m.detach().requires_grad_() for m in maps]
+        if "boxes" in operator.gradients:
+            rows = rows.detach().requires_grad_()
+        pooled = operator.ours(self.work, rows, maps[0].dtype)(maps)
+        wanted = [t for t in (*maps, rows) if t.requires_grad]
+        if not wanted:
+            return [pooled]
+        grads = torch.autograd.grad(pooled, wanted, torch.ones_like(pooled))
+        return [pooled.detach(), *grads]
 
 
-def time_graph(setting: Setting, calls: Calls, stream: torch.cuda.Stream) -> Time:
-    """Device only: a captured graph of calls, replayed."""
-    per_sample, count = plan(setting, calls)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run_calls(calls, per_sample)
-    samples = []
-    for _ in range(count + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3 / per_sample)
-    return summarise(samples[2:])
+def combinations(setting: Setting) -> Iterator[tuple[Workload, torch.dtype, str]]:
+    for work in small_works(setting):
+        for dtype in DTYPES.values():
+            for layout in list(LAYOUTS)[:1] if work.mask else LAYOUTS:
+                yield work, dtype, layout
+
+
+def label_of(work: Workload, dtype: torch.dtype, layout: str) -> str:
+    return f"{work.name} {work.operator} {str(dtype).removeprefix('torch.')} {layout}"
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @contextmanager
@@ -324,149 +148,42 @@ def side_stream(setting: Setting) -> Iterator[torch.cuda.Stream | None]:
     stream.synchronize()
 
 
-def as_list(pooled: Tensor | list[Tensor]) -> list[Tensor]:
-    return pooled if isinstance(pooled, list) else [pooled]
+# ------------------------------------------------------------------------------------------- timing
 
 
-def time_implementation(
-    setting: Setting, implementation: Implementation, work: Workload, sets: list[list[Tensor]]
-) -> Report:
-    """Forward and backward (to the features) on several sets of features in turn."""
-    boxes = make_boxes(work).to(setting.device)
-    pool = implementation.make(work, boxes)
-    rows: Report = {}
-    with side_stream(setting) as stream:
-        leaves = [[m.detach().requires_grad_() for m in maps] for maps in sets]
-        pooled = [as_list(pool(maps)) for maps in leaves]
-        grads = [[torch.randn_like(one) for one in many] for many in pooled]
-
-        def forward(maps: list[Tensor]) -> Callable[[], object]:
-            def call() -> object:
-                with torch.no_grad():
-                    return pool(maps)
-
-            return call
-
-        def backward(i: int) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(
-                pooled[i], leaves[i], grads[i], retain_graph=True, allow_unused=True
-            )
-
-        for direction, calls in (
-            ("forward", [forward(maps) for maps in sets]),
-            ("backward", [backward(i) for i in range(len(sets))]),
-        ):
-            row: Report = {"eager": vars(time_eager(setting, calls))}
-            if stream is not None and implementation.captures:
-                try:
-                    row["graph"] = vars(time_graph(setting, calls, stream))
-                except RuntimeError as error:
-                    row["graph_error"] = str(error).splitlines()[0]
-            rows[direction] = row
-    return rows
-
-
-def bandwidth(setting: Setting) -> Report:
-    """Bytes per second of a large copy (read and written bytes) and of a large fill."""
-    count = 2**16 if setting.dry else 2**28
-    source = torch.rand(count, device=setting.device)
-    target = torch.empty_like(source)
-    copy = time_eager(setting, [lambda: target.copy_(source)])
-    fill = time_eager(setting, [lambda: target.fill_(1.5)])
-    return {
-        "copy": 2 * source.nbytes / copy.median * 1e6,
-        "fill": source.nbytes / fill.median * 1e6,
-    }
-
-
-def touched_pixels(setting: Setting, work: Workload) -> int:
-    """Pixels of all maps and images that some box reads."""
-    single = replace(work, channels=1)
-    maps = make_features(setting, single, torch.float32, "contiguous", 0)
-    for m in maps:
-        m.requires_grad_()
-    pooled = pool_here(single, make_boxes(work).to(setting.device))(maps)
-    assert isinstance(pooled, Tensor)
-    grads = torch.autograd.grad(pooled, maps, torch.ones_like(pooled))
-    return sum(int((g != 0).sum()) for g in grads)
+def run_bench(setting: Setting, part: Part, seconds: float) -> Report:
+    """`glimpse-ext bench` on this device; rows that are not done in time are left out."""
+    plan = Plan(
+        (part,), PEER_NAMES, rounds=9, minutes=seconds / 60, patience=2.0, stops=not setting.dry
+    )
+    if setting.dry:
+        short = replace(part, devices=("cpu",), workloads=tuple(w.tiny() for w in part.workloads))
+        plan = replace(plan, parts=(short,), rounds=2, round_seconds=1e-4, seconds=0.0)
+    results = bench.run(plan, quick=setting.dry)
+    wrong = [bench_report.describe(row) for row in results["rows"] if not row["ok"]]
+    slower = [row for row in results["rows"] if row["ok"] and bench_report.slower_than(row)]
+    remark = f"{len(results['rows'])} rows, a peer is faster in {len(slower)}"
+    if results["unfinished"]:
+        remark += f"; no time for {results['unfinished']}"
+    return {"ok": not wrong, "summary": remark, "faults": wrong[:20], "results": results}
 
 
 def part_timing(setting: Setting) -> Report:
-    rates = bandwidth(setting)
-    rows = []
-    skipped = set()
-    for work in WORKLOADS:
-        work = work.tiny() if setting.dry else work
-        pixels = touched_pixels(setting, work)
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for layout in ("contiguous", "channels_last"):
-                # More than the L2 cache holds, so that every call reads from memory.
-                sets = [
-                    make_features(setting, work, dtype, layout, seed)
-                    for seed in range(2 if setting.dry else 4)
-                ]
-                size = sets[0][0].element_size()
-                output = work.boxes * work.channels * work.output_size**2 * size
-                feature_bytes = sum(m.nbytes for m in sets[0])
-                floors = {
-                    "forward": pixels * work.channels * size + output,
-                    "backward": feature_bytes + output,
-                }
-                for implementation in IMPLEMENTATIONS:
-                    if implementation.pyramid_only and len(work.strides) == 1:
-                        continue
-                    row: Report = {
-                        "workload": work.name,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "layout": layout,
-                        "implementation": implementation.name,
-                        "floor_us": {
-                            key: value / rates["copy"] * 1e6 for key, value in floors.items()
-                        },
-                    }
-                    try:
-                        row |= time_implementation(setting, implementation, work, sets)
-                    except ImportError as error:
-                        skipped.add(str(error))
-                        continue
-                    except RuntimeError as error:
-                        row["error"] = str(error).splitlines()[0]
-                    rows.append(row)
-                    if setting.device.type == "cuda":
-                        torch.cuda.empty_cache()
-    failed = [row for row in rows if row["implementation"] == "glimpse_ext" and "error" in row]
-    return {"ok": not failed, "bytes_per_second": rates, "rows": rows, "skipped": sorted(skipped)}
+    """Float32, contiguous and channels_last: every workload."""
+    works = tuple(select(["W1", "W3"]) if setting.dry else WORKLOADS)
+    part = Part(works, ("cuda",), directions=("forward", "backward"))
+    return run_bench(setting, part, LIMITS["timing"] - 60)
+
+
+def part_timing16(setting: Setting) -> Report:
+    """16 bits, for feature maps."""
+    names = ["W1"] if setting.dry else ["W1", "W2", "W3", "W4", "W10"]
+    dtypes = ("float16", "bfloat16")
+    part = Part(tuple(select(names)), ("cuda",), dtypes, directions=("forward", "backward"))
+    return run_bench(setting, part, LIMITS["timing16"] - 60)
 
 
 # -------------------------------------------------------------------------------- correctness parts
-
-
-def pooled_and_grads(
-    work: Workload, maps: Sequence[Tensor], boxes: Tensor, grad: Tensor | None = None
-) -> list[Tensor]:
-    """Pooled values, gradients of the maps and of the boxes."""
-    maps = [m.detach().requires_grad_() for m in maps]
-    boxes = boxes.detach().requires_grad_()
-    pooled = pool_here(work, boxes)(maps)
-    assert isinstance(pooled, Tensor)
-    grad = torch.ones_like(pooled) if grad is None else grad
-    return [pooled.detach(), *torch.autograd.grad(pooled, [*maps, boxes], grad)]
-
-
-def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def small_work(setting: Setting) -> list[Workload]:
-    works = [replace(work, channels=min(work.channels, 256), boxes=200) for work in WORKLOADS]
-    return [work.tiny() for work in works] if setting.dry else works
-
-
-def combinations(setting: Setting) -> Iterator[tuple[Workload, torch.dtype, str]]:
-    for work in small_work(setting):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for layout in ("contiguous", "channels_last"):
-                yield work, dtype, layout
 
 
 def part_hostile(setting: Setting) -> Report:
@@ -476,6 +193,7 @@ def part_hostile(setting: Setting) -> Report:
     """
     import cases
     import kernel_cases
+    import operators
 
     import glimpse_ext
 
@@ -495,31 +213,26 @@ def part_hostile(setting: Setting) -> Report:
                 faults.append(label)
                 return
 
-    def small(case: cases.Case, mode: cases.Mode, features: Tensor) -> list[Tensor]:
-        features = features.detach().requires_grad_()
-        boxes = case.boxes(torch.float32).to(features.device).requires_grad_()
-        pooled = glimpse_ext.roi_align(
-            features,
-            boxes,
-            case.output_size,
-            case.spatial_scale,
-            mode.sampling_ratio,
-            mode.aligned,
-        )
-        grads = torch.autograd.grad(pooled, [features, boxes], torch.ones_like(pooled))
-        return [pooled.detach(), *grads]
+    def small(operator: operators.Operator, case: cases.Case, image: Tensor) -> list[Tensor]:
+        image = image.detach()
+        rows = operator.boxes(case).float().to(image.device)
+        leaves = {"image": image, "boxes": rows}
+        wanted = [leaves[name].requires_grad_() for name in operator.gradients]
+        result = operator.call(image, rows, case)
+        grads = torch.autograd.grad(result, wanted, torch.ones_like(result))
+        return [result.detach(), *grads]
 
     # Every instruction is slow under the sanitizer, and it looks at addresses and not at numbers.
-    modes = cases.MODES[:2] if under_sanitizer else cases.MODES
     layouts = ["contiguous", "channels_last"] if under_sanitizer else cases.LAYOUTS
-    for case in cases.CASES:
-        for mode in modes:
+    step = 11 if under_sanitizer or setting.dry else 1
+    for number, operator in enumerate(operators.OPERATORS):
+        for case in cases.CASES[number % step :: step]:
             for layout in layouts:
                 for dtype in (torch.float32, torch.float16):
                     image = cases.arrange(case.image(dtype), layout)
                     there = cases.arrange(image.to(setting.device), layout)
-                    label = f"{case} {mode} {layout} {dtype}"
-                    compare(label, small(case, mode, there), small(case, mode, image))
+                    label = f"{operator} {case} {layout} {dtype}"
+                    compare(label, small(operator, case, there), small(operator, case, image))
 
     works = kernel_cases.WORK[:2] if setting.dry else kernel_cases.WORK
     for work in works:
@@ -547,59 +260,69 @@ def part_streams(setting: Setting) -> Report:
     """Inputs that a slow stream has yet to write: a launch on any other stream reads NaN."""
     faults = []
     for work, dtype, layout in combinations(setting):
-        boxes = make_boxes(work).to(setting.device)
-        maps = make_features(setting, work, dtype, layout, 1)
-        expected = pooled_and_grads(work, maps, boxes)
-        late = [torch.full_like(m, math.nan) for m in maps]
+        full = Inputs.make(setting, work, dtype, layout)
+        expected = full.call()
+        late = replace(full, maps=[torch.full_like(m, math.nan) for m in full.maps])
         setting.synchronize()
         with side_stream(setting) as stream:
             if stream is not None:
                 torch.cuda._sleep(20_000_000)
-            for empty, full in zip(late, maps, strict=True):
-                empty.copy_(full)
-            actual = pooled_and_grads(work, late, boxes)
+            for empty, source in zip(late.maps, full.maps, strict=True):
+                empty.copy_(source)
+            actual = late.call()
         setting.synchronize()
         if not same(actual, expected):
-            faults.append(f"{work.name} {dtype} {layout}")
+            faults.append(label_of(work, dtype, layout))
     devices = torch.cuda.device_count() if setting.device.type == "cuda" else 0
-    if devices > 1:
-        work = small_work(setting)[0]
-        maps = make_features(setting, work, torch.float32, "contiguous", 1)
+    for work in small_works(setting) if devices > 1 else []:
         here, there = (
-            pooled_and_grads(
-                work, [m.to(f"cuda:{i}") for m in maps], make_boxes(work).to(f"cuda:{i}")
-            )
+            Inputs.make(
+                replace(setting, device=torch.device("cuda", i)), work, torch.float32, "contiguous"
+            ).call()
             for i in (0, devices - 1)
         )
         if not same([t.cpu() for t in here], [t.cpu() for t in there]):
-            faults.append("the last device gives other bits than the first")
+            faults.append(f"{work.name}: the last device gives other bits than the first")
     return {"ok": not faults, "devices": devices, "faults": faults}
+
+
+def capture(setting: Setting, inputs: Inputs) -> tuple[Callable[[], object], list[Tensor]]:
+    """A graph of a call, and the tensors that a replay fills; without CUDA the call itself."""
+    with side_stream(setting) as stream:
+        if stream is None:
+            captured = inputs.call()
+
+            def again() -> None:
+                for old, new in zip(captured, inputs.call(), strict=True):
+                    old.copy_(new)
+
+            return again, captured
+        for _ in range(3):
+            inputs.call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = inputs.call()
+    return graph.replay, captured
 
 
 def part_graphs(setting: Setting) -> Report:
     """Forward and backward captured once, replayed with other features and other boxes."""
-    if setting.device.type != "cuda":
-        return {"ok": True, "skipped": "there are no graphs without CUDA"}
     faults = []
     for work, dtype, layout in combinations(setting):
-        features = [make_features(setting, work, dtype, layout, seed) for seed in range(3)]
-        boxes = [make_boxes(work, seed).to(setting.device) for seed in range(3)]
-        expected = [pooled_and_grads(work, f, b) for f, b in zip(features, boxes, strict=True)]
-        maps, rows = [m.clone() for m in features[0]], boxes[0].clone()
-        with side_stream(setting) as stream:
-            pooled_and_grads(work, maps, rows)
-            torch.cuda.current_stream().synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                captured = pooled_and_grads(work, maps, rows)
+        all_inputs = [Inputs.make(setting, work, dtype, layout, seed) for seed in range(3)]
+        expected = [inputs.call() for inputs in all_inputs]
+        first = all_inputs[0]
+        static = Inputs(work, [m.clone() for m in first.maps], first.rows.clone())
+        replay, captured = capture(setting, static)
         for i in (1, 2, 0):
-            for static, fresh in zip(maps, features[i], strict=True):
-                static.copy_(fresh)
-            rows.copy_(boxes[i])
-            graph.replay()
-            torch.cuda.synchronize()
+            for target, fresh in zip(static.tensors, all_inputs[i].tensors, strict=True):
+                target.copy_(fresh)
+            setting.synchronize()
+            replay()
+            setting.synchronize()
             if not same(captured, expected[i]):
-                faults.append(f"{work.name} {dtype} {layout}, replay {i}")
+                faults.append(f"{label_of(work, dtype, layout)}, replay {i}")
     return {"ok": not faults, "faults": faults}
 
 
@@ -608,74 +331,76 @@ def part_repeats(setting: Setting) -> Report:
     faults = []
     repeats = 2 if setting.dry else 25
     for work, dtype, layout in combinations(setting):
-        boxes = make_boxes(work).to(setting.device)
-        maps = make_features(setting, work, dtype, layout, 1)
-        first = pooled_and_grads(work, maps, boxes)
-        if not all(same(first, pooled_and_grads(work, maps, boxes)) for _ in range(repeats)):
-            faults.append(f"{work.name} {dtype} {layout}: runs differ")
-        half = pooled_and_grads(work, maps, boxes[::2])
-        if not same([first[0][::2], first[-1][::2]], [half[0], half[-1]]):
-            faults.append(f"{work.name} {dtype} {layout}: other boxes change a box")
+        label = label_of(work, dtype, layout)
+        inputs = Inputs.make(setting, work, dtype, layout, 1)
+        first = inputs.call()
+        if not all(same(first, inputs.call()) for _ in range(repeats)):
+            faults.append(f"{label}: runs differ")
+        half = inputs.every_other().call()
+        # Points are along the last dimension of the result.
+        points = OPERATORS[work.operator].rows == 1
+        kept = first[0][..., ::2] if points else first[0][::2]
+        if not same([kept], half[:1]):
+            faults.append(f"{label}: other boxes change a box")
+        if "boxes" in OPERATORS[work.operator].gradients:
+            kept = first[-1][:, ::2] if points else first[-1][::2]
+            if not same([kept], half[-1:]):
+                faults.append(f"{label}: other boxes change the gradient of a box")
     return {"ok": not faults, "repeats": repeats, "faults": faults}
 
 
 def part_memory(setting: Setting) -> Report:
     """Bytes that backward needs beyond the gradient that it returns."""
     rows: list[Report] = []
-    for work in WORKLOADS:
+    for work in one_of_each():
+        operator = OPERATORS[work.operator]
+        if "maps" not in operator.gradients:
+            continue
         work = work.tiny() if setting.dry else work
-        for layout in ("contiguous", "channels_last"):
-            boxes = make_boxes(work).to(setting.device)
-            maps = make_features(setting, work, torch.float32, layout, 1)
-            for m in maps:
-                m.requires_grad_()
-            pooled = pool_here(work, boxes)(maps)
-            assert isinstance(pooled, Tensor)
+        for layout in LAYOUTS:
+            inputs = Inputs.make(setting, work, torch.float32, layout, 1)
+            maps = [m.requires_grad_() for m in inputs.maps]
+            pooled = operator.ours(work, inputs.rows, torch.float32)(maps)
             grad = torch.ones_like(pooled)
-            extra = None
-            if setting.device.type == "cuda":
-                torch.autograd.grad(pooled, maps, grad, retain_graph=True)
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                result = torch.autograd.grad(pooled, maps, grad)
-                torch.cuda.synchronize()
-                returned = sum(r.nbytes for r in result)
-                extra = torch.cuda.max_memory_allocated() - before - returned
-            gradient = sum(m.nbytes for m in maps)
+
+            def backward(
+                pooled: Tensor = pooled, maps: list[Tensor] = maps, grad: Tensor = grad
+            ) -> tuple[Tensor, ...]:
+                return torch.autograd.grad(pooled, maps, grad, retain_graph=True)
+
+            backward()
+            extra = peak_extra(backward, setting.device) if not setting.dry else None
             rows.append(
                 {
                     "workload": work.name,
                     "layout": layout,
-                    "gradient_bytes": gradient,
+                    "gradient_bytes": sum(m.nbytes for m in maps),
                     "extra_bytes": extra,
                 }
             )
     # The caching allocator rounds every map up to 2 MB at most, and workspaces to 512 bytes.
     limit = 2**20 + 4 * 2**21
-    ok = all(row["extra_bytes"] is None or row["extra_bytes"] < limit for row in rows)
-    return {"ok": ok, "rows": rows}
+    over = [f"{r['workload']} {r['layout']}" for r in rows if (r["extra_bytes"] or 0) >= limit]
+    return {"ok": not over, "faults": over, "rows": rows}
 
 
 def part_no_sync(setting: Setting) -> Report:
     """Nothing waits for the device: torch raises on every synchronising call."""
-    import glimpse_ext
-
-    if setting.device.type != "cuda":
-        return {"ok": True, "skipped": "nothing to wait for without CUDA"}
+    faults = []
     for work, dtype, layout in combinations(setting):
-        boxes = make_boxes(work).to(setting.device)
-        rows = [boxes[boxes[:, 0] == i, 1:] for i in range(work.batch)]
-        maps = make_features(setting, work, dtype, layout, 1)
-        pooled_and_grads(work, maps, boxes)
-        torch.cuda.synchronize()
+        inputs = Inputs.make(setting, work, dtype, layout, 1)
+        inputs.call()
+        if setting.device.type != "cuda":
+            continue
+        setting.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            pooled_and_grads(work, maps, boxes)
-            glimpse_ext.roi_align(maps[0], rows, 7)
+            inputs.call()
+        except RuntimeError as error:
+            faults.append(f"{label_of(work, dtype, layout)}: {str(error).splitlines()[0]}")
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return {"ok": True}
+    return {"ok": not faults, "faults": faults}
 
 
 # -------------------------------------------------------------------------- parts that run programs
@@ -773,17 +498,23 @@ PARTS: dict[str, Callable[[Setting], Report]] = {
     "repeats": part_repeats,
     "memory": part_memory,
     "timing": part_timing,
+    "timing16": part_timing16,
     "memcheck": part_memcheck,
     "racecheck": part_racecheck,
     "synccheck": part_synccheck,
     "tests": part_tests,
 }
-LIMITS = dict.fromkeys(PARTS, 120) | {
-    "timing": 240,
-    "memcheck": 240,
-    "racecheck": 240,
-    "synccheck": 240,
-    "tests": 540,
+# Seconds; together half an hour.
+LIMITS = dict.fromkeys(PARTS, 70) | {
+    "hostile": 90,
+    "graphs": 90,
+    "repeats": 90,
+    "timing": 300,
+    "timing16": 150,
+    "memcheck": 160,
+    "racecheck": 160,
+    "synccheck": 160,
+    "tests": 390,
 }
 
 
@@ -826,53 +557,6 @@ def environment(setting: Setting) -> Report:
     return facts
 
 
-def best(row: Report, direction: str) -> float | None:
-    """Microseconds by graph replay, or eager where nothing can be captured."""
-    times = row.get(direction, {})
-    chosen = times.get("graph") or times.get("eager")
-    return chosen["median"] if chosen else None
-
-
-def timing_table(timing: Report) -> list[str]:
-    peers = [i.name for i in IMPLEMENTATIONS[1:]]
-    rates = timing["bytes_per_second"]
-    columns = ["workload", "dtype", "layout", "direction", "µs", "× floor", "eager µs", *peers]
-    lines = [
-        f"Copy {rates['copy'] / 1e9:.0f} GB/s (bytes read and written), fill "
-        f"{rates['fill'] / 1e9:.0f} GB/s. Times are microseconds by graph replay; the floor is",
-        "unique bytes over the copy rate; a peer's column is its time over ours.",
-        "MultiScaleRoIAlign waits for the device, so it is compared by eager times.",
-        "",
-        f"| {' | '.join(columns)} |",
-        "| --- " * len(columns) + "|",
-    ]
-    table: dict[tuple[str, str, str], dict[str, Report]] = {}
-    for row in timing["rows"]:
-        key = (row["workload"], row["dtype"], row["layout"])
-        table.setdefault(key, {})[row["implementation"]] = row
-    for key, rows in table.items():
-        ours = rows.get("glimpse_ext", {})
-        for direction in ("forward", "backward"):
-            mine = best(ours, direction)
-            if mine is None:
-                lines.append(f"| {' | '.join(key)} | {direction} | {ours.get('error', '–')} |")
-                continue
-            eager = ours[direction]["eager"]["median"]
-            cells = [f"{mine:.1f}", f"{mine / ours['floor_us'][direction]:.2f}", f"{eager:.1f}"]
-            for implementation in IMPLEMENTATIONS[1:]:
-                row = rows.get(implementation.name, {})
-                if implementation.captures and "graph" in row.get(direction, {}):
-                    ratio = row[direction]["graph"]["median"] / mine
-                elif direction in row:
-                    ratio = row[direction]["eager"]["median"] / eager
-                else:
-                    cells.append("error" if "error" in row else "–")
-                    continue
-                cells.append(f"{ratio:.1f}×")
-            lines.append(f"| {' | '.join(key)} | {direction} | {' | '.join(cells)} |")
-    return lines
-
-
 def markdown(results: Report) -> str:
     facts = results["environment"]
     gpu = facts.get("gpu", "no GPU (dry run)")
@@ -895,9 +579,19 @@ def markdown(results: Report) -> str:
         remark = str(remark).replace("|", "/")
         verdict = "passed" if part["ok"] else "**failed**"
         lines.append(f"| {name} | {verdict} | {part.get('seconds', 0):.0f} | {remark} |")
-    if results["parts"].get("timing", {}).get("rows"):
-        lines += ["", "## Times", "", *timing_table(results["parts"]["timing"])]
+    for name, part in results["parts"].items():
+        if part.get("table"):
+            lines += ["", f"## {name}", "", part["table"].strip()]
     return "\n".join(lines) + "\n"
+
+
+def keep_results(report: Report, path: Path) -> None:
+    """Results of the bench in a file of their own, for its other commands; their table here."""
+    results = report.pop("results", None)
+    if results is not None:
+        bench_report.save(results, path)
+        report["bench"] = path.name
+        report["table"] = bench_report.markdown(results)
 
 
 def last_report(output: str) -> Report | None:
@@ -958,6 +652,7 @@ def main() -> int:
         status, output = run_program([*command, *(["--dry-run"] if dry else [])], LIMITS[name])
         failed = {"ok": False, "error": f"exit status {status}", "output": tail(output)}
         report = last_report(output) or failed
+        keep_results(report, written.with_name(f"{written.stem}-{name}.json"))
         report["seconds"] = round(time.monotonic() - start, 1)
         results["parts"][name] = report
         print("passed" if report["ok"] else "FAILED", f"({report['seconds']} s)", flush=True)

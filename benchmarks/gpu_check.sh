@@ -8,11 +8,12 @@
 # file and a short table in OUT. Needs CUDA, torch 2.11 or newer, cmake, ninja, pybind11 and pytest;
 # torchvision makes the timing table more interesting. A part that fails does not stop the others.
 # PYTHON chooses the interpreter. The exit status is 0 when every part has passed. All parts together
-# can take 25 minutes; where a command must be shorter, split it: --parts hostile,streams,...
+# take at most half an hour after the build; where a command must be shorter, split it: --parts
+# hostile,streams,...
 set -u
 
 if [ $# -lt 1 ]; then
-  sed -n '3,13s/^# \{0,1\}//p' "$0" >&2
+  sed -n '3,14s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 out=$1

@@ -8,7 +8,7 @@ them, by more than the tolerance and by more than the spread between rounds of b
 
 from dataclasses import dataclass
 
-from .report import Results, describe, row_key
+from .report import PACKAGES, Results, describe, row_key
 from .suite import Row
 
 TOLERANCE = 0.1
@@ -51,9 +51,8 @@ def _yardsticks(row: Row) -> Yardsticks:
         for name, peer in row["peers"].items()
         if "ratio" in peer
     }
-    own = row.get("times_own_backward")
-    if own:
-        found["own backward"] = (1 / own["high"], 1 / own["median"], 1 / own["low"])
+    for name, own in row["own"].items():
+        found[name] = (1 / own["high"], 1 / own["median"], 1 / own["low"])
     low, high = row["seconds_spread"]
     floor = row["floor_seconds"]
     found["floor"] = (floor / high, floor / row["seconds"], floor / low)
@@ -81,8 +80,8 @@ def compare(old: Results, new: Results, tolerance: float = TOLERANCE) -> Compari
     remarks = [
         f"{section} {name} differs: {one.get(name)} and {two.get(name)}"
         for section, names in (
-            ("machine", ("processor", "cores", "gpu", "asked_for")),
-            ("versions", ("torch", "torchvision")),
+            ("machine", ("processor", "cores", "gpu", "asked_for", "allocator")),
+            ("versions", ("torch", *PACKAGES)),
         )
         for one, two in [(old[section], new[section])]
         for name in names

@@ -11,9 +11,12 @@ import ctypes
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -37,6 +40,11 @@ def _returned_bytes(result: object) -> int:
 
 def peak_extra(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes beyond the tensors that ``call`` returns; None where it cannot be measured."""
+    return measured(call, device)[1]
+
+
+def measured(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
+    """What ``call`` returns, and its `peak_extra`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -44,14 +52,14 @@ def peak_extra(call: Callable[[], object], device: torch.device) -> int | None:
         result = call()
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
-        return max(peak - before - _returned_bytes(result), 0)
+        return result, max(peak - before - _returned_bytes(result), 0)
     try:
         # Otherwise the call would find memory that was used before and seem to need none.
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text(_RESET_HIGH_WATER)
         before = _resident("VmRSS")
-        result = call()
-        peak = _resident("VmHWM")
     except (OSError, AttributeError):
-        return None
-    return max(peak - before - _returned_bytes(result), 0)
+        return call(), None
+    result = call()
+    peak = _resident("VmHWM")
+    return result, max(peak - before - _returned_bytes(result), 0)

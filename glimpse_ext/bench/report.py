@@ -16,14 +16,18 @@ import torch
 import glimpse_ext
 from glimpse_ext import doctor
 
+from .devices import place
 from .peers import PEER_NAMES
-from .suite import Row, place
+from .suite import YARDSTICKS, Row
 
-SCHEMA = 1
+SCHEMA = 2
 Results = dict[str, Any]
 
+# Whoever else takes part, beside torch.
+PACKAGES = ("torchvision", "detectron2", "mmcv", "kornia")
+
 # What makes two rows measurements of the same thing.
-KEY = ("workload", "direction", "dtype", "layout", "device", "threads")
+KEY = ("workload", "direction", "dtype", "layout", "device", "threads", "launch", "cache")
 INACCURATE = "†"
 
 
@@ -33,7 +37,13 @@ def row_key(row: Row) -> tuple[Any, ...]:
 
 def describe(row: Row) -> str:
     what = f"{row['workload']} {row['direction']} {row['dtype']} {row['layout']}"
-    return f"{what} on {place(row['device'], row['threads'])}"
+    return f"{what} on {_where(row)}"
+
+
+def _where(row: Row) -> str:
+    """The device in words; on the CPU there is one way to launch."""
+    where = place(row["device"], row["threads"])
+    return where if row["device"] == "cpu" else f"{where} {row['launch']} {row['cache']}"
 
 
 def _version(package: str) -> str | None:
@@ -73,7 +83,9 @@ def environment() -> Results:
         "huge_pages": doctor.huge_pages(),
         "platform": platform.platform(),
         "allocator": {
-            name: value for name, value in os.environ.items() if name.startswith("MALLOC_")
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "GLIMPSE_")) and name != "GLIMPSE_ISA"
         },
     }
     if torch.cuda.is_available():
@@ -87,7 +99,7 @@ def environment() -> Results:
         "versions": {
             "glimpse_ext": glimpse_ext.__version__,
             "torch": torch.__version__,
-            "torchvision": _version("torchvision"),
+            **{package: _version(package) for package in PACKAGES},
             "python": platform.python_version(),
         },
     }
@@ -166,32 +178,45 @@ def _remark(row: Row) -> str:
     return f"slower than {', '.join(slower)}" if slower else ""
 
 
+def _own_cell(row: Row) -> str:
+    return " ".join(f"{own['median']:.2g}" for own in row.get("own", {}).values()) or "–"
+
+
 def table(results: Results) -> str:
     """Every row for the terminal: wrong ones first, then those where a peer is faster."""
     rows: list[Row] = results["rows"]
     peers = peers_in(rows)
-    header = ["workload", "direction", "dtype", "layout", "on", "time", "× floor", "× backward"]
+    header = ["workload", "direction", "dtype", "layout", "on", "time", "× floor", "call", "× own"]
     header += [*peers, "extra MB", ""]
     lines = []
     for row in sorted(rows, key=lambda row: (row["ok"], not slower_than(row))):
-        on = place(row["device"], row["threads"])
-        line = [row["workload"], row["direction"], row["dtype"], row["layout"], on]
-        own = row.get("times_own_backward")
-        extra = row.get("peak_extra_bytes")
+        line = [row["workload"], row["direction"], row["dtype"], row["layout"], _where(row)]
+        extra, call = row.get("peak_extra_bytes"), row.get("call_seconds")
         line += [
             format_seconds(row["seconds"]) if row["ok"] else "–",
             f"{row['times_floor']:.3g}" if row["ok"] else "–",
-            f"{own['median']:.2g}" if own else "–",
+            format_seconds(call) if call else "–",
+            _own_cell(row),
             *(_peer_cell(row["peers"].get(name)) for name in peers),
             "–" if extra is None else f"{extra / 1e6:.1f}",
             _remark(row),
         ]
         lines.append(line)
     notes = [
-        "A peer's column is its time over ours, the median of ratios within interleaved rounds."
+        "A peer's column is its time over ours, the median of ratios within interleaved rounds.",
+        "call: the same call where next to nothing is computed (W5). × own: our time over that of "
+        + "; ".join(YARDSTICKS.values())
+        + ".",
     ]
     if any(not p.get("accurate", True) for row in rows for p in row["peers"].values()):
         notes.append(f"{INACCURATE} the peer's own result is far from the float64 one.")
+    reasons = dict.fromkeys(
+        f"{name}: {peer['left_out']}"
+        for row in rows
+        for name, peer in row["peers"].items()
+        if "left_out" in peer
+    )
+    notes += [f"left out: {reason}" for reason in reasons]
     rates = (f"{k}: {v / 1e9:.1f} GB/s" for k, v in results["copy_bytes_per_second"].items())
     notes.append("The floor is unique bytes over the rate of a copy: " + "; ".join(rates) + ".")
     if results["quick"]:
@@ -199,26 +224,30 @@ def table(results: Results) -> str:
     return "\n".join([_grid(header, lines), "", *notes])
 
 
+def setting_of(row: Row) -> str:
+    """Device or threads, and the dtype if it is not float32, in words."""
+    where = _where(row)
+    return where if row["dtype"] == "float32" else f"{where}, {row['dtype']}"
+
+
 def _column(row: Row) -> str:
-    parts = [place(row["device"], row["threads"])]
-    parts += ["" if row["dtype"] == "float32" else row["dtype"]]
-    parts += ["channels_last" if row["layout"] == "channels_last" else ""]
-    return ", ".join(part for part in parts if part)
+    last = ", channels_last" if row["layout"] == "channels_last" else ""
+    return setting_of(row) + last
 
 
-def setting_names(rows: Sequence[Row]) -> list[str]:
-    """Threads, dtype and layout in words, in order of appearance."""
-    return list(dict.fromkeys(_column(row) for row in rows))
-
-
-def rows_of_setting(rows: Sequence[Row], name: str) -> list[Row]:
-    return [row for row in rows if _column(row) == name]
+def _markdown_cell(row: Row, peers: Sequence[str]) -> str:
+    compared = " / ".join(_peer_cell(row["peers"].get(name)) for name in peers)
+    bold = "**" if compared and not slower_than(row) else ""
+    parts = [f"{bold}{compared}{bold}"] if compared else []
+    parts += [f"{own['median']:.2g}× {YARDSTICKS[name]}" for name, own in row["own"].items()]
+    floor = "" if row["seconds"] < 1e-4 else f" ({row['times_floor']:.2g}×)"
+    return ", ".join([*parts, format_seconds(row["seconds"]) + floor])
 
 
 def markdown(results: Results) -> str:
     """The table of the README: one line per workload and direction, one column per setting."""
     rows: list[Row] = [row for row in results["rows"] if row["ok"]]
-    settings = setting_names(rows)
+    settings = list(dict.fromkeys(_column(row) for row in rows))
     if not rows:
         return "No row was timed.\n"
     found = {(r["workload"], r["direction"], _column(r)): r for r in rows}
@@ -230,7 +259,7 @@ def markdown(results: Results) -> str:
     lines = [
         f"{where}, {machine['cores']} cores, torch {versions['torch']}, torchvision "
         f"{versions['torchvision']}, {results['date'][:10]}{commit}. Cells: time of the peers over "
-        "ours, then our time (× the floor)."
+        "ours, then our time (× the floor). Where a peer is faster, the line comes first."
     ]
     if results["quick"]:
         lines += ["", "Made by `--quick`: smaller workloads."]
@@ -239,24 +268,19 @@ def markdown(results: Results) -> str:
         "| workload | direction | peers | " + " | ".join(settings) + " |",
         "|---|---|---|" + "---|" * len(settings),
     ]
-    for workload, direction in dict.fromkeys((r["workload"], r["direction"]) for r in rows):
+    # Where a peer is faster, in any column, comes first.
+    keys = dict.fromkeys((r["workload"], r["direction"]) for r in rows)
+    of_key = {key: [r for r in rows if (r["workload"], r["direction"]) == key] for key in keys}
+    for workload, direction in sorted(
+        keys, key=lambda key: not any(slower_than(row) for row in of_key[key])
+    ):
         cells = []
-        here = [r for r in rows if (r["workload"], r["direction"]) == (workload, direction)]
-        peers = peers_in(here)
+        peers = peers_in(of_key[workload, direction])
         for setting in settings:
             row = found.get((workload, direction, setting))
-            if row is None:
-                cells.append("–")
-                continue
-            own = row.get("times_own_backward")
-            compared = " / ".join(_peer_cell(row["peers"].get(name)) for name in peers)
-            if own:
-                compared = f"{own['median']:.2g}× our backward"
-            time = format_seconds(row["seconds"])
-            floor = "" if row["seconds"] < 1e-4 else f" ({row['times_floor']:.2g}×)"
-            bold = "" if own or slower_than(row) else "**"
-            cells.append(f"{bold}{compared}{bold}, {time}{floor}")
-        lines.append(f"| {workload} | {direction} | {' / '.join(peers)} | {' | '.join(cells)} |")
+            cells.append("–" if row is None else _markdown_cell(row, peers))
+        who = " / ".join(peers) or "–"
+        lines.append(f"| {workload} | {direction} | {who} | {' | '.join(cells)} |")
     names = dict.fromkeys((row["workload"], row["what"]) for row in rows)
     lines += ["", "; ".join(f"{name} {what}" for name, what in names) + "."]
     if any(not p.get("accurate", True) for row in rows for p in row["peers"].values()):

@@ -8,92 +8,39 @@ in an order that changes, and a ratio is the median over rounds of ratios taken 
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch.utils.benchmark import Timer, timer
+from torch.utils.benchmark import timer
 
-Call = Callable[[], object]
+from .devices import Device, Watch
 
 LEAST_ROUNDS = 3
-# Calls slower than this are timed one at a time, without a warm-up in every round.
-SLOW_SECONDS = 0.2
+# Of what takes longer than this in a round, there are enough with fewer.
+LONG_SECONDS = 0.5
+LEAST_LONG_ROUNDS = 2
 COPY_BYTES = 2**26
+COPY_ROUND_SECONDS = 0.05
 
 
-class Rotation:
-    """Calls in turn. On CUDA, each on buffers of its own, so that none finds its own in cache."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls = calls
-        self._next = 0
-
-    def __call__(self) -> object:
-        call = self._calls[self._next]
-        self._next = (self._next + 1) % len(self._calls)
-        return call()
-
-
-def rotate(calls: Sequence[Call]) -> Call:
-    return calls[0] if len(calls) == 1 else Rotation(calls)
-
-
-@dataclass
-class Stopwatch:
-    """Seconds per call, taken in rounds of about ``round_seconds``.
-
-    ``call`` must have run before: what only a first call does is nobody's speed.
-    """
-
-    call: Call
-    device: torch.device
-    threads: int
-    round_seconds: float
-    first_seconds: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.first_seconds = self._once()
-        self._timer = Timer("call()", globals={"call": self.call}, num_threads=self.threads)
-
-    def _once(self) -> float:
-        start = timer()  # waits for the device
-        self.call()
-        return float(timer() - start)
-
-    def __call__(self) -> float:
-        if self.device.type == "cuda":
-            return self._events()
-        if self.first_seconds > SLOW_SECONDS:
-            return self._once()
-        return float(self._timer.blocked_autorange(min_run_time=self.round_seconds).median)
-
-    def _events(self) -> float:
-        """Device time of calls in a row; host time where the host is slower than the device."""
-        count = max(1, min(1000, round(self.round_seconds / self.first_seconds)))
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.call()
-        start.record()
-        for _ in range(count):
-            self.call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / count
-
-
-def interleave(
-    watches: Mapping[str, Stopwatch], rounds: int, seconds: float
-) -> dict[str, list[float]]:
+def interleave(watches: Mapping[str, Watch], rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds per call by name and round; NaN where a slow one was left out of a round.
 
-    Each gets about ``seconds`` in all, but `LEAST_ROUNDS` rounds in any case. The first name is
-    timed in every round; when all others are done, the rounds end.
+    Each gets about ``seconds`` in all, but `LEAST_ROUNDS` rounds in any case, or
+    `LEAST_LONG_ROUNDS`. The first name is timed in every round; when all others are done, the
+    rounds end.
     """
+
+    def enough(name: str, index: int) -> bool:
+        long = spent[name] > LONG_SECONDS * index
+        return index >= (LEAST_LONG_ROUNDS if long else LEAST_ROUNDS) and spent[name] >= seconds
+
     names = list(watches)
     times: dict[str, list[float]] = {name: [] for name in names}
     spent = dict.fromkeys(names, 0.0)
     for index in range(rounds):
-        done = {n for n in names if index >= LEAST_ROUNDS and spent[n] >= seconds}
+        done = {n for n in names if enough(n, index)}
         if done >= set(names[1:] or names):
             break
         turn = index % len(names)
@@ -129,10 +76,10 @@ def ratios(times: Sequence[float], over: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(times, over, strict=True)]
 
 
-def copy_bandwidth(device: torch.device, threads: int, size: int = COPY_BYTES) -> float:
+def copy_bandwidth(device: Device, threads: int, size: int = COPY_BYTES) -> float:
     """Bytes read and written per second by a large copy."""
-    source = torch.ones(size // 4, device=device)
+    source = torch.ones(size // 4, device=device.torch)
     target = torch.empty_like(source)
     target.copy_(source)
-    watch = Stopwatch(lambda: target.copy_(source), device, threads, 0.05)
+    watch = device.watch([lambda: target.copy_(source)], "eager", threads, COPY_ROUND_SECONDS)
     return 2 * source.nbytes / statistics.median(watch() for _ in range(5))

@@ -8,6 +8,8 @@ and plots know neither.
 import math
 import string
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +27,22 @@ class Workload:
 
     name: str
     what: str
-    operator: str
-    strides: tuple[int, ...]
-    channels: int
     boxes: int
     sides: tuple[float, float]
     output_size: int
-    sampling_ratio: int
-    aligned: bool
+    operator: str = "roi_align"
+    strides: tuple[int, ...] = (1,)
+    channels: int = 256
+    sampling_ratio: int = 2
+    aligned: bool = True
     image: tuple[int, int] = (800, 1344)
     batch: int = 1
     mask: int = 0
     """Side of the masks that are pasted; 0: feature maps are read."""
+    points: int = 0
+    """Points in each box, where points are read."""
+    overhead: bool = False
+    """Whether next to nothing is computed, so that the time is what a call costs."""
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -46,9 +52,14 @@ class Workload:
     def scales(self) -> list[float]:
         return [1 / s for s in self.strides]
 
+    @property
+    def whole(self) -> bool:
+        """Whether each image or mask belongs to a box, so that boxes cannot be left out alone."""
+        return self.batch == self.boxes or self.mask > 0
+
     def quick(self) -> "Workload":
         """About an eighth of the work; call overhead stays what it is."""
-        if self.boxes < 10:
+        if self.overhead:
             return self
         channels = self.channels // 4 if self.channels >= 64 else self.channels
         batch = self.batch // 2 if self.batch == self.boxes else self.batch
@@ -56,6 +67,8 @@ class Workload:
 
     def tiny(self) -> "Workload":
         """A size for tests: only good to see that everything runs."""
+        if self.overhead:
+            return self
         low, high = self.sides
         return replace(
             self,
@@ -64,6 +77,7 @@ class Workload:
             batch=min(self.batch, 6),
             sides=(min(low, 24), min(high, 90)),
             image=(64, 96),
+            points=min(self.points, 9),
         )
 
     def make_boxes(self, seed: int = 0) -> Tensor:
@@ -102,197 +116,177 @@ class Workload:
 
 _PYRAMID = (4, 8, 16, 32)
 
+_W1 = Workload("W1", "fpn_p2_7x7: finest pyramid level, 512 boxes", 512, (16, 112), 7, strides=(4,))
+_W4 = Workload(
+    name="W4a",
+    what="pooler_1000, 7x7: four levels, two images",
+    boxes=1000,
+    sides=(16, 600),
+    output_size=7,
+    operator="multiscale_roi_align",
+    strides=_PYRAMID,
+    aligned=False,
+    batch=2,
+)
+_TINY = Workload(
+    name="W5",
+    what="tiny: what a call of roi_align costs",
+    boxes=4,
+    sides=(64, 160),
+    output_size=7,
+    strides=(8,),
+    channels=16,
+    image=(256, 256),
+    overhead=True,
+)
+_PASTE = Workload(
+    name="W6a",
+    what="paste_100: bool masks of 28x28 into 800x1333",
+    boxes=100,
+    sides=(64, 400),
+    output_size=0,
+    operator="paste_masks",
+    channels=1,
+    image=(800, 1333),
+    mask=28,
+)
+_IMAGES = Workload(
+    name="W7",
+    what="glimpse_64: exact windows of 64x64, zeros outside",
+    boxes=64,
+    sides=(64, 65),
+    output_size=64,
+    operator="extract_glimpse",
+    channels=3,
+    image=(224, 224),
+    batch=64,
+)
+_CROP = replace(
+    _IMAGES,
+    name="W8a",
+    what="crop_64: boxes of images to 112x112",
+    sides=(120, 215),
+    output_size=112,
+    operator="crop",
+)
+_RESIZE = Workload(
+    name="W9",
+    what="crop_and_resize_100: 14x14 of a feature map",
+    boxes=100,
+    sides=(64, 400),
+    output_size=14,
+    operator="crop_and_resize",
+    strides=(8,),
+    batch=2,
+)
+# Rotated boxes have half of these sides, so that they lie inside however they are turned.
+_ROTATED = replace(
+    _W1,
+    name="W10",
+    what="rotated: boxes of the size of W1 at all angles",
+    sides=(32, 224),
+    operator="roi_align_rotated",
+)
+_POINTS = Workload(
+    name="W11a",
+    what="point_sample: 28x28 points in each of 100 boxes, finest pyramid level",
+    boxes=100,
+    sides=(16, 400),
+    output_size=0,
+    operator="point_sample",
+    strides=(4,),
+    points=784,
+)
+
+
+# Where an image is read, and not a map of an eighth of its size.
+_SMALL: dict[str, Any] = {"image": (64, 64), "sides": (16, 40)}
+
+
+def _tiny(letter: str, like: Workload, **changes: Any) -> Workload:
+    """As W5, for another operator."""
+    name = like.operator
+    tiny = replace(
+        _TINY, name=f"W5{letter}", what=f"tiny: what a call of {name} costs", operator=name
+    )
+    return replace(tiny, strides=like.strides, aligned=like.aligned, **changes)
+
+
 WORKLOADS = [
-    Workload(
-        name="W1",
-        what="fpn_p2_7x7: finest pyramid level, 512 boxes",
-        operator="roi_align",
-        strides=(4,),
-        channels=256,
-        boxes=512,
-        sides=(16, 112),
-        output_size=7,
-        sampling_ratio=2,
-        aligned=True,
-    ),
-    Workload(
+    _W1,
+    replace(_W1, name="W1s", what="W1 with one sample per cell", sampling_ratio=1),
+    replace(
+        _W1,
         name="W2a",
         what="p4_adaptive: large boxes, adaptive sampling",
-        operator="roi_align",
-        strides=(16,),
-        channels=256,
-        boxes=512,
         sides=(224, 448),
-        output_size=7,
+        strides=(16,),
         sampling_ratio=0,
-        aligned=True,
     ),
     Workload(
         name="W2b",
         what="c4_adaptive: C4 box head, 1024 channels",
-        operator="roi_align",
-        strides=(16,),
-        channels=1024,
         boxes=128,
         sides=(32, 800),
         output_size=14,
+        strides=(16,),
+        channels=1024,
         sampling_ratio=0,
-        aligned=True,
     ),
-    Workload(
-        name="W3",
-        what="mask_head_14x14: 128 boxes",
-        operator="roi_align",
-        strides=(8,),
-        channels=256,
-        boxes=128,
-        sides=(112, 224),
-        output_size=14,
-        sampling_ratio=2,
-        aligned=True,
-    ),
-    Workload(
-        name="W4a",
-        what="pooler_1000, 7x7: four levels, two images",
-        operator="multiscale_roi_align",
-        strides=_PYRAMID,
-        channels=256,
-        boxes=1000,
-        sides=(16, 600),
-        output_size=7,
-        sampling_ratio=2,
-        aligned=False,
-        batch=2,
-    ),
-    Workload(
-        name="W4b",
-        what="pooler_1000, 14x14: four levels, two images",
-        operator="multiscale_roi_align",
-        strides=_PYRAMID,
-        channels=256,
-        boxes=1000,
-        sides=(16, 600),
-        output_size=14,
-        sampling_ratio=2,
-        aligned=False,
-        batch=2,
-    ),
-    Workload(
-        name="W5",
-        what="tiny: what a call costs",
-        operator="roi_align",
-        strides=(8,),
-        channels=16,
-        boxes=4,
-        sides=(64, 160),
-        output_size=7,
-        sampling_ratio=2,
-        aligned=True,
-        image=(256, 256),
-    ),
-    Workload(
-        name="W6a",
-        what="paste_100: bool masks of 28x28 into 800x1333",
-        operator="paste_masks",
-        strides=(1,),
-        channels=1,
-        boxes=100,
-        sides=(64, 400),
-        output_size=0,
-        sampling_ratio=1,
-        aligned=True,
-        image=(800, 1333),
-        mask=28,
-    ),
-    Workload(
+    Workload("W3", "mask_head_14x14: 128 boxes", 128, (112, 224), 14, strides=(8,)),
+    _W4,
+    replace(_W4, name="W4b", what="pooler_1000, 14x14: four levels, two images", output_size=14),
+    _TINY,
+    _tiny("m", _W4),
+    _tiny("c", _CROP, batch=4, **_SMALL),
+    _tiny("r", _RESIZE),
+    _tiny("g", _IMAGES, batch=4, output_size=16, **_SMALL),
+    _tiny("p", _PASTE, channels=1, mask=14, **_SMALL),
+    _tiny("t", _ROTATED),
+    _tiny("s", _POINTS, points=16),
+    _PASTE,
+    replace(
+        _PASTE,
         name="W6b",
         what="paste_100: bool masks of 28x28 into 1080x1920",
-        operator="paste_masks",
-        strides=(1,),
-        channels=1,
-        boxes=100,
         sides=(64, 540),
-        output_size=0,
-        sampling_ratio=1,
-        aligned=True,
         image=(1080, 1920),
-        mask=28,
     ),
-    Workload(
-        name="W7",
-        what="glimpse_64: exact windows of 64x64, zeros outside",
-        operator="extract_glimpse",
+    _IMAGES,
+    _CROP,
+    replace(_CROP, name="W8b", what="crop_64: boxes of images to 224x224", output_size=224),
+    _RESIZE,
+    _ROTATED,
+    _POINTS,
+    replace(
+        _POINTS,
+        name="W11b",
+        what="point_sample: 14x14 points in each of 1000 coarse masks of 80 classes",
+        boxes=1000,
+        batch=1000,
+        sides=(4.0, 6.5),
         strides=(1,),
-        channels=3,
-        boxes=64,
-        sides=(64, 65),
-        output_size=64,
-        sampling_ratio=1,
-        aligned=True,
-        image=(224, 224),
-        batch=64,
+        channels=80,
+        image=(7, 7),
+        points=196,
     ),
-    Workload(
-        name="W8a",
-        what="crop_64: boxes of images to 112x112",
-        operator="crop",
-        strides=(1,),
-        channels=3,
-        boxes=64,
-        sides=(120, 215),
-        output_size=112,
-        sampling_ratio=1,
-        aligned=True,
-        image=(224, 224),
-        batch=64,
-    ),
-    Workload(
-        name="W8b",
-        what="crop_64: boxes of images to 224x224",
-        operator="crop",
-        strides=(1,),
-        channels=3,
-        boxes=64,
-        sides=(120, 215),
-        output_size=224,
-        sampling_ratio=1,
-        aligned=True,
-        image=(224, 224),
-        batch=64,
-    ),
-    Workload(
-        name="W9",
-        what="crop_and_resize_100: 14x14 of a feature map",
-        operator="crop_and_resize",
-        strides=(8,),
-        channels=256,
-        boxes=100,
-        sides=(64, 400),
-        output_size=14,
-        sampling_ratio=1,
-        aligned=True,
-        batch=2,
-    ),
-    Workload(
-        name="W10",
-        what="rotated: boxes of the size of W1 at all angles",
-        operator="roi_align_rotated",
-        strides=(4,),
-        channels=256,
-        boxes=512,
-        sides=(32, 224),
-        output_size=7,
-        sampling_ratio=2,
-        aligned=True,
-    ),
+    replace(_W1, name="W12", what="W1 with the largest sample of a cell", operator="roi_align_max"),
 ]
 
 
 def select(names: list[str]) -> list[Workload]:
-    """The workloads of these names; W2 means W2a and W2b. ValueError where there is none."""
-    chosen = []
+    """The workloads of these names. ValueError where there is none.
+
+    A name without its letter means all that have one (W2 is W2a and W2b), unless it is a name; and
+    ``W5*`` is what begins so.
+    """
+    chosen: list[Workload] = []
     for name in names:
-        found = [w for w in WORKLOADS if name in (w.name, w.name.rstrip(string.ascii_lowercase))]
+        found = [w for w in WORKLOADS if w.name == name] or [
+            w
+            for w in WORKLOADS
+            if name == w.name.rstrip(string.ascii_lowercase) or fnmatchcase(w.name, name)
+        ]
         if not found:
             known = ", ".join(workload.name for workload in WORKLOADS)
             raise ValueError(f"there is no workload {name}; there are {known}")
