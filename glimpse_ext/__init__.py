@@ -8,11 +8,12 @@ from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
 from .extract_glimpse import extract_glimpse
 from .paste_masks import paste_masks
-from .paste_masks_to_rle import paste_masks_to_rle
+from .paste_masks_to_rle import PastedRLE, paste_masks_to_rle
 from .roi_align import multiscale_roi_align, roi_align
 from .roi_align_rotated import roi_align_rotated
 
 __all__ = [
+    "PastedRLE",
     "convert_boxes",
     "crop",
     "crop_and_resize",

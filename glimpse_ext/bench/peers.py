@@ -344,6 +344,37 @@ def _torchvision_paste(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Poo
     return pool
 
 
+def _runs(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    """Their areas stand for the run lengths of masks."""
+    corners = boxes[:, 1:].contiguous()
+
+    def pool(masks: Sequence[Tensor]) -> Tensor:
+        found = glimpse_ext.paste_masks_to_rle(masks[0], corners, work.image, with_boxes=True)
+        assert isinstance(found, glimpse_ext.PastedRLE)
+        return found.areas
+
+    return pool
+
+
+def _reference_runs(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    pasted = _paste(reference.paste_masks)(work, boxes, dtype)
+    return lambda masks: pasted(masks).flatten(1).sum(1)
+
+
+def _detectron2s_runs(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    """As detectron2's COCO evaluator does: images of masks, each encoded by pycocotools."""
+    from pycocotools import mask as coco
+
+    pasted = _detectron2s_way(work, boxes, dtype)
+
+    def pool(masks: Sequence[Tensor]) -> Tensor:
+        images = pasted(masks)[:, 0].cpu().numpy()
+        rles = [coco.encode(image[:, :, None].astype("uint8", order="F"))[0] for image in images]
+        return torch.tensor(coco.area(rles).astype("int64"))
+
+    return pool
+
+
 def _offsets(work: Workload, boxes: Tensor) -> Tensor:
     """The middle of each box, as offsets from the middle of the image: y, x."""
     extent = boxes.new_tensor([work.image[1], work.image[0]])
@@ -447,6 +478,14 @@ OPERATORS = {
                 convention=_paste(glimpse_ext.paste_masks, method="torchvision"),
             ),
         ),
+        paired=True,
+        gradients=(),
+        error=2e-3,
+    ),
+    "paste_masks_to_rle": Operator(
+        _runs,
+        _reference_runs,
+        (Peer("detectron2's way and pycocotools", _detectron2s_runs, "pycocotools"),),
         paired=True,
         gradients=(),
         error=2e-3,

@@ -23,6 +23,7 @@ COLOURS = {
     "grid_sample": "#e69f00",
     "grid_sample copies": "#d55e00",
     "detectron2's way": "#009e73",
+    "detectron2's way and pycocotools": "#66c2a5",
     "detectron2": "#00694d",
     "mmcv": "#cc79a7",
     "kornia": "#f0e442",

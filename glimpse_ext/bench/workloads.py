@@ -101,11 +101,16 @@ class Workload:
         return torch.cat([image[:, None].double(), corner, corner + sides], 1).float()
 
     def make_features(self, dtype: torch.dtype, layout: str, seed: int = 0) -> list[Tensor]:
-        """Normal random maps on the CPU, one per stride; or masks ``[K, 1, M, M]`` from 0 to 1."""
+        """Normal random maps on the CPU, one per stride; or masks ``[K, 1, M, M]`` from 0 to 1.
+
+        Masks are smooth, as a network gives them.
+        """
         generator = torch.Generator().manual_seed(seed)
         if self.mask:
-            shape = (self.boxes, 1, self.mask, self.mask)
-            return [torch.rand(shape, generator=generator).to(dtype)]
+            coarse = 2 * torch.randn((self.boxes, 1, 5, 5), generator=generator)
+            size = (self.mask, self.mask)
+            smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
+            return [smooth.sigmoid().to(dtype)]
         maps = []
         for height, width in self.sizes:
             shape = (self.batch, self.channels, height, width)
@@ -249,6 +254,20 @@ WORKLOADS = [
         _PASTE,
         name="W6b",
         what="paste_100: bool masks of 28x28 into 1080x1920",
+        sides=(64, 540),
+        image=(1080, 1920),
+    ),
+    replace(
+        _PASTE,
+        name="W6c",
+        what="paste_100 as COCO run lengths, 800x1333",
+        operator="paste_masks_to_rle",
+    ),
+    replace(
+        _PASTE,
+        name="W6d",
+        what="paste_100 as COCO run lengths, 1080x1920",
+        operator="paste_masks_to_rle",
         sides=(64, 540),
         image=(1080, 1920),
     ),
