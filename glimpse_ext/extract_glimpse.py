@@ -11,8 +11,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ._arguments import choose, size_pair
-from ._autograd import copy_in_transform
-from ._register import register_sampler
+from ._autograd import copy_in_transform, differentiates, transforms_active
+from ._register import register_sampler, run_below_autograd
 from ._sampling import COLUMNS, BoxColumns, Sampler, Where, is_channels_last
 
 _NAME = "extract_glimpse"
@@ -148,6 +148,9 @@ def _exact(
 ) -> Tensor:
     """Windows of whole pixels of one scale."""
     _refuse_offset_gradients(offsets)
+    if not (torch.compiler.is_compiling() or transforms_active() or differentiates(input)):
+        op = torch.ops.glimpse_ext.extract_glimpse.default
+        return run_below_autograd(op, (input, offsets, seed, *size, *rule, noise))
     wide = offsets.dtype == torch.float64 or max(*input.shape[2:], *size) > _LARGEST_SINGLE
     if wide and input.dtype != torch.float64 and _moves(input):
         # Derivatives find their windows in the precision of the image.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -144,13 +145,28 @@ void sample_tiles(const Problem& problem) {
   for_each_tile<T>(problem, sample, [](const auto&, int64_t, const double*) {});
 }
 
-/// The sum of kChannelsTogether numbers, by halves.
 template <class A>
-A folded(A* values) {
-  for (int64_t half = kChannelsTogether / 2; half > 0; half /= 2) {
-    for (int64_t c = 0; c < half; ++c) values[c] += values[c + half];
+struct TileLanes {
+  static constexpr int64_t kCount = 32 / sizeof(A);
+  typedef A type __attribute__((vector_size(32)));
+};
+
+/// The sum of products of a tile's channels: lane by lane, then the lanes by halves.
+template <class A>
+A multiplied(const A* left, const A* right) {
+  constexpr int64_t kCount = TileLanes<A>::kCount;
+  typename TileLanes<A>::type sum = {}, one, other;
+  for (int64_t c = 0; c < kChannelsTogether; c += kCount) {
+    std::memcpy(&one, left + c, sizeof(one));
+    std::memcpy(&other, right + c, sizeof(other));
+    sum += one * other;
   }
-  return values[0];
+  A lanes[kCount];
+  std::memcpy(lanes, &sum, sizeof(sum));
+  for (int64_t half = kCount / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 template <class T>
@@ -163,13 +179,13 @@ void grad_boxes_tiles(const Problem& problem) {
     A grad[kChannelsTogether] = {};
     for (size_t i = 0; i < points.size(); ++i, from += problem.channels) {
       const Point<A>& point = points[i];
-      for (int64_t c = 0; c < count; ++c) grad[c] = load_value(from[c]);
+      if (count == kChannelsTogether) {
+        for (int64_t c = 0; c < kChannelsTogether; ++c) grad[c] = load_value(from[c]);
+      } else {
+        for (int64_t c = 0; c < count; ++c) grad[c] = load_value(from[c]);
+      }
       for (int32_t t = 0; t < point.count; ++t) {
-        A product[kChannelsTogether];
-        for (int64_t c = 0; c < kChannelsTogether; ++c) {
-          product[c] = grad[c] * tile[point.offset[t] + c];
-        }
-        products[4 * i + static_cast<size_t>(t)] += folded(product);
+        products[4 * i + static_cast<size_t>(t)] += multiplied(grad, tile + point.offset[t]);
       }
     }
   };
