@@ -94,12 +94,14 @@ class RunsOfMask {
 
   void write(int64_t k, PastedRuns& runs) {
     RunWriter writer(runs, problem_.height);
-    writer.set(0, 0, background_ && problem_.height > 0 && problem_.width > 0);
     const auto along_y = PasteLine<A>::of(problem_, k, kY);
     const auto along_x = PasteLine<A>::of(problem_, k, kX);
     rows_ = reading_cells(along_y);
     columns_ = reading_cells(along_x);
-    if (rows_.first < rows_.end && columns_.first < columns_.end) {
+    const bool reached = rows_.first < rows_.end && columns_.first < columns_.end;
+    const bool has_pixels = problem_.height > 0 && problem_.width > 0;
+    if (has_pixels && (!reached || columns_.first > 0)) writer.set(0, 0, background_);
+    if (reached) {
       find_segments(along_y);
       spread_.start(problem_, k, along_x, columns_);
       find_changes();
