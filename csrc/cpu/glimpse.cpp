@@ -55,6 +55,19 @@ void copy_apart(const T* row, int64_t pixels, int64_t stride, int64_t channels,
   }
 }
 
+/// Rows of a window lie in pages of their own, across which no processor looks ahead.
+constexpr int32_t kRowsAhead = 8;
+
+/// Asks for the `count` elements that lie `offset` behind `row`.
+template <class T>
+void prefetch_row(const T* row, int64_t offset, int64_t count) {
+  constexpr int64_t kLine = 64, kMost = 1024;  // bytes; longer rows are looked ahead in by hardware
+  const int64_t bytes = std::min<int64_t>(count * static_cast<int64_t>(sizeof(T)), kMost);
+  const char* from = reinterpret_cast<const char*>(row + offset);
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + i);
+  __builtin_prefetch(from + bytes - 1);
+}
+
 template <class T, class Fill>
 void copy_typed(const GlimpseProblem& problem, const Fill& fill) {
   const bool nhwc = problem.layout == Layout::kNhwc;
@@ -90,6 +103,9 @@ void copy_typed(const GlimpseProblem& problem, const Fill& fill) {
                      (window.x.first + begin) * problem.stride_w;
       if (begin > 0) fill(line, unit, 0, begin, out);
       if (dense) {
+        if (line.y + kRowsAhead < window.y.end) {
+          prefetch_row(row, kRowsAhead * problem.stride_h, unit * count);
+        }
         std::memcpy(static_cast<void*>(out + begin * unit), row, sizeof(T) * unit * count);
       } else {
         copy_apart(row, count, problem.stride_w, unit, problem.stride_c, out + begin * unit);
