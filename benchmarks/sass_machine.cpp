@@ -981,10 +981,15 @@ void Machine::step(Warp& w, size_t at) {
         const int shift = static_cast<int>(o[shift_at].value & 31);
         const uint32_t extra =
             in.flags & kX && in.operands > shift_at + 1 ? predicate(w, o[shift_at + 1]) : 0;
-        store(w, o[0], mask, 0, [&](int i) {
+        uint64_t sum[kLanes];
+        uint32_t carry = 0;
+        for (int i = 0; i < kLanes; ++i) {
           const uint64_t v = static_cast<uint64_t>(high[i]) << 32 | a[i];
-          return static_cast<uint32_t>(v << shift >> 32) + b[i] + (extra >> i & 1);
-        });
+          sum[i] = (v << shift >> 32) + b[i] + (extra >> i & 1);
+          carry |= static_cast<uint32_t>(sum[i] >> 32 != 0) << i;
+        }
+        store(w, o[0], mask, 0, [&](int i) { return static_cast<uint32_t>(sum[i]); });
+        if (carry_to.kind != kNone) set_predicate(w, carry_to, carry, mask);
       } else {
         const int shift = static_cast<int>(o[n + 2].value & 31);
         uint64_t sum[kLanes];
