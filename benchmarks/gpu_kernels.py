@@ -12,8 +12,10 @@ import concurrent.futures
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import math
 import os
+import pickle
 import re
 import subprocess
 import tempfile
@@ -87,7 +89,25 @@ def _compile(source: Path) -> dict[str, sass.Program]:
 
 
 def compile_kernels(jobs: int = 2) -> dict[str, sass.Program]:
-    """Every kernel of csrc/cuda by its short name."""
+    """Every kernel of csrc/cuda by its short name. Kept in the temporary folder, by source."""
+    version = compile_gate.nvcc_version(compile_gate.find_nvcc())
+    tag = hashlib.sha256(f"{source_hash()} {version} {ROOT}".encode() + _own_source()).hexdigest()
+    kept = Path(tempfile.gettempdir(), f"glimpse_sass_{os.getuid()}_{tag[:16]}.pickle")
+    if kept.exists() and kept.stat().st_uid == os.getuid():
+        made: dict[str, sass.Program] = pickle.loads(kept.read_bytes())
+        return made
+    made = _compile_kernels(jobs)
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(pickle.dumps(made))
+    partial.replace(kept)
+    return made
+
+
+def _own_source() -> bytes:
+    return Path(__file__).read_bytes() + Path(sass.__file__).read_bytes()
+
+
+def _compile_kernels(jobs: int) -> dict[str, sass.Program]:
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         programs = {k: v for part in pool.map(_compile, sources()) for k, v in part.items()}
     names = compile_gate.short_names(programs)
@@ -96,9 +116,11 @@ def compile_kernels(jobs: int = 2) -> dict[str, sass.Program]:
 
 def torchvision_kernels() -> dict[str, sass.Program]:
     """The RoIAlign kernels out of torchvision's wheel, or none where there is no such wheel."""
-    spec = importlib_spec("torchvision")
+    spec = importlib.util.find_spec("torchvision")
     cuobjdump = find_tool("cuobjdump")
-    library = Path(spec.submodule_search_locations[0], "_C.so") if spec else None
+    library = None
+    if spec is not None and spec.origin is not None:
+        library = Path(spec.origin).with_name("_C.so")
     override = os.environ.get("GLIMPSE_TORCHVISION_LIBRARY")
     if override:
         library = Path(override)
@@ -115,12 +137,6 @@ def torchvision_kernels() -> dict[str, sass.Program]:
             names = compile_gate.short_names(programs)
             return {re.sub(r"^.*?(roi_align)", r"\1", names[k]): v for k, v in programs.items()}
     return {}
-
-
-def importlib_spec(name: str) -> object:
-    import importlib.util
-
-    return importlib.util.find_spec(name)
 
 
 # ----------------------------------------------------------------------------------------- launches
@@ -141,6 +157,7 @@ class Launch:
     issues: float
     longest_warp: int
     block_issues: list[int]
+    lanes: Counter[str]  # that were active, by opcode
     operations: Counter[str]  # issues by opcode with its modifiers
     sectors: Counter[str]  # 32-byte sectors of global memory, by opcode
     lines: Counter[str]
@@ -208,6 +225,7 @@ def execute(
         issues=sum(counts.issues) * scale,
         longest_warp=counts.longest_warp,
         block_issues=counts.block_issues,
+        lanes=Counter(),
         operations=Counter(),
         sectors=Counter(),
         lines=Counter(),
@@ -222,7 +240,7 @@ def execute(
             continue
         launch.operations[line.name] += counts.issues[i] * scale
         launch.places[line.places] += counts.issues[i] * scale
-        for what in ("sectors", "lines", "passes", "missed", "bytes"):
+        for what in ("lanes", "sectors", "lines", "passes", "missed", "bytes"):
             value = getattr(counts, what)[i]
             if value:
                 getattr(launch, what)[line.name] += value * scale

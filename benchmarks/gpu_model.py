@@ -15,6 +15,7 @@ installed (or GLIMPSE_TORCHVISION_LIBRARY names its ``_C.so``), its kernels are 
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import json
 import math
@@ -32,20 +33,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import compile_gate  # noqa: E402
 import gpu_kernels  # noqa: E402
+import gpu_report  # noqa: E402
 import sass  # noqa: E402
 import torch  # noqa: E402
 from gpu_kernels import Launch, Recorder  # noqa: E402
+from gpu_report import CLASSES, CLOCK, COPY_RATE, L2_RATE, LAUNCH, SMS  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 TABLE = ROOT / "benchmarks" / "results" / "gpu_model.json"
 PAGE = ROOT / "docs" / "gpu_model.md"
 
 # ------------------------------------------------------------------------------------------ H200
-
-SMS, CLOCK = 132, 1.755e9
-COPY_RATE = 4.3e12  # DRAM, bytes read + written a second in a copy
-L2_RATE = 5.5e12  # L2 to the SMs, bytes a second
-LAUNCH = 2.5e-6  # one kernel in a graph
 
 # Warp instructions that an SM starts in a cycle, by unit. Four schedulers issue one each.
 RATES = {
@@ -67,16 +65,6 @@ _UNITS = {
 }
 UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in names.split()}
 
-# Columns of the instruction table.
-CLASSES = {
-    "float": "FADD FMUL FFMA FMNMX FSETP FSEL FSET FCHK HADD2 HMUL2 HFMA2",
-    "float64": "DADD DMUL DFMA DSETP DMNMX",
-    "convert": "MUFU F2I I2F I2FP F2F F2FP FRND POPC FLO BREV",
-    "global": "LD LDG LDGSTS ST STG RED REDG ATOM ATOMG",
-    "shared": "LDS STS",
-    "warp": "SHFL VOTE VOTEU WARPSYNC",
-    "control": "BRA BSSY BSYNC BREAK EXIT CALL RET NOP BAR DEPBAR LDGDEPBAR YIELD",
-}
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 
 
@@ -96,20 +84,65 @@ def by_class(launches: Sequence[Launch]) -> dict[str, float]:
     return dict(counts)
 
 
+# So many warps keep the schedulers of an SM busy; a block of fewer has its share at most.
+WARPS_TO_SATURATE = 16
+
+
+@functools.lru_cache(maxsize=4096)
+def _makespan(work: tuple[int, ...], blocks: int, resident: int, most_share: float) -> float:
+    """When the last block ends, in units of an SM's rate.
+
+    Blocks go to SMs that have room, in order, and those of one SM share it evenly.
+    """
+    blocks_of = iter(range(blocks))
+    done = [0.0] * SMS  # work done for each block that was on the SM all the time
+    since = [0.0] * SMS
+    running: list[list[float]] = [[] for _ in range(SMS)]
+    events: list[tuple[float, int, int]] = []
+    version = [0] * SMS
+
+    def rate(sm: int) -> float:
+        return min(most_share, 1 / len(running[sm]))
+
+    def schedule(sm: int) -> None:
+        version[sm] += 1
+        if running[sm]:
+            end = since[sm] + (running[sm][0] - done[sm]) / rate(sm)
+            heapq.heappush(events, (end, sm, version[sm]))
+
+    def start(sm: int) -> None:
+        i = next(blocks_of, None)
+        if i is not None:
+            heapq.heappush(running[sm], done[sm] + work[i * len(work) // blocks])
+
+    for _ in range(resident):
+        for sm in range(SMS):
+            start(sm)
+    for sm in range(SMS):
+        schedule(sm)
+    now = 0.0
+    while events:
+        now, sm, of = heapq.heappop(events)
+        if of != version[sm]:
+            continue
+        done[sm] = heapq.heappop(running[sm])
+        since[sm] = now
+        start(sm)
+        schedule(sm)
+    return now
+
+
 def imbalance(launch: Launch) -> float:
-    """Time of the busiest SM over the mean: blocks go to the first SM that has room."""
-    slots = SMS * min(launch.resident, max(1, -(-launch.blocks // SMS)))
+    """Time of the launch over that of its work spread evenly over all SMs."""
     known = launch.block_issues
-    mean = sum(known) / len(known)
-    if mean == 0:
+    blocks = min(launch.blocks, 40 * SMS * launch.resident)  # more only repeat the middle
+    total = sum(known) / len(known) * blocks
+    if total == 0:
         return 1.0
-    most = 20 * slots
-    if launch.blocks > most:  # the tail of many waves
-        return 1 + max(known) / (mean * launch.blocks / slots)
-    queue = [0.0] * slots
-    for i in range(launch.blocks):
-        heapq.heapreplace(queue, queue[0] + known[i * len(known) // launch.blocks])
-    return max(queue) / (mean * launch.blocks / slots)
+    share = min(1.0, launch.block / 32 / WARPS_TO_SATURATE)
+    even = total / SMS
+    late = _makespan(tuple(known), blocks, launch.resident, share) - even
+    return 1 + late / (even * launch.blocks / blocks)
 
 
 def bounds(launch: Launch) -> dict[str, float]:
@@ -139,7 +172,9 @@ def bounds(launch: Launch) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------- rows
 
 
-def describe(launches: Sequence[Launch], dram_bytes: float, extra_launches: int = 0) -> dict[str, Any]:
+def describe(
+    launches: Sequence[Launch], dram_bytes: float, extra_launches: int = 0
+) -> dict[str, Any]:
     """One row: what its kernels do and the time that follows. DRAM counts once for all of them."""
     total, parts, binding = 0.0, [], []
     for launch in launches:
@@ -164,6 +199,7 @@ def describe(launches: Sequence[Launch], dram_bytes: float, extra_launches: int 
                 "microseconds": {k: round(v * 1e6, 2) for k, v in limits.items()},
                 "l2_megabytes": round(32e-6 * sum(launch.missed.values()), 2),
                 "hot": hot(launch),
+                "phases": phases(launch),
             }
         )
     dram = dram_bytes / COPY_RATE
@@ -183,13 +219,23 @@ def describe(launches: Sequence[Launch], dram_bytes: float, extra_launches: int 
     }
 
 
-def hot(launch: Launch, most: int = 5) -> list[list[Any]]:
+def hot(launch: Launch, most: int = 8) -> list[list[Any]]:
     """Where the kernel's own source issues most: file:line, share, most frequent opcodes."""
     lines: Counter[str] = Counter()
     for places, issues in launch.places.items():
         own = [p for p in places if re.search(r"csrc/cuda/\w+\.cuh?$", p[0])] or list(places)
         if own:
             file, line = own[0]
+            lines[f"{Path(file).name}:{line}"] += issues
+    return [[name, round(issues / launch.issues, 3)] for name, issues in lines.most_common(most)]
+
+
+def phases(launch: Launch, most: int = 8) -> list[list[Any]]:
+    """Shares of the lines of the kernel's body, with all that is inlined there."""
+    lines: Counter[str] = Counter()
+    for places, issues in launch.places.items():
+        if places:
+            file, line = places[-1]
             lines[f"{Path(file).name}:{line}"] += issues
     return [[name, round(issues / launch.issues, 3)] for name, issues in lines.most_common(most)]
 
@@ -202,7 +248,9 @@ def workload_rows(
 
     boxes = work.make_boxes()
     operator = OPERATORS[work.operator]
-    touched = suite.touched_pixels(suite.Setting(work, torch.device("cpu"), "float32", "contiguous", 1), boxes)
+    touched = suite.touched_pixels(
+        suite.Setting(work, torch.device("cpu"), "float32", "contiguous", 1), boxes
+    )
     for dtype_name in dtypes:
         for layout in ("contiguous", "channels_last"):
             if work.mask and layout != "contiguous":
@@ -287,7 +335,9 @@ def torchvision_rows(
     if len(work.strides) > 1:
         area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
         level = torch.floor(4 + torch.log2(area.sqrt() / 224) + 1e-6).clamp(2, 5).long() - 2
-    touched = suite.touched_pixels(suite.Setting(work, torch.device("cpu"), "float32", "contiguous", 1), boxes)
+    touched = suite.touched_pixels(
+        suite.Setting(work, torch.device("cpu"), "float32", "contiguous", 1), boxes
+    )
     for dtype in (torch.float32, torch.float16):
         maps = work.make_features(dtype, "contiguous")
         size = maps[0].element_size()
@@ -304,7 +354,9 @@ def torchvision_rows(
                 pooled = torch.zeros(shape, dtype=dtype)
                 target = features if direction == "forward" else torch.zeros_like(features)
                 launches.append(
-                    torchvision_launch(programs, direction, target, mine, pooled, work, scale, budget)
+                    torchvision_launch(
+                        programs, direction, target, mine, pooled, work, scale, budget
+                    )
                 )
             # The result, or the gradient of the maps, is filled with zeros first.
             filled = out_bytes if direction == "forward" else map_bytes
@@ -350,7 +402,9 @@ def validate(programs: dict[str, sass.Program], theirs: dict[str, sass.Program])
                 right = pool(maps)
                 with Recorder(programs) as recorder:
                     got = pool(maps)
-                written = sum(v for x in recorder.launches for k, v in x.bytes.items() if k.startswith("STG"))
+                written = sum(
+                    v for x in recorder.launches for k, v in x.bytes.items() if k.startswith("STG")
+                )
                 stored_exactly &= written == got.nbytes
                 pairs = [(got, right)]
                 if operator.differentiable:
@@ -384,14 +438,16 @@ def validate(programs: dict[str, sass.Program], theirs: dict[str, sass.Program])
     counted = calls() - before
     with Recorder(programs) as recorder:
         for layout in (torch.contiguous_format, torch.channels_last):
-            glimpse_ext.roi_align(features.contiguous(memory_format=layout), boxes, 7, 0.25, 0, True)
-    warps = sum(v for x in recorder.launches for k, v in x.operations.items() if k.startswith("BAR"))
+            glimpse_ext.roi_align(
+                features.contiguous(memory_format=layout), boxes, 7, 0.25, 0, True
+            )
+    lanes = sum(v for x in recorder.launches for k, v in x.lanes.items() if k.startswith("BAR"))
     found = {
         "results": rows,
         "worst_relative_error": worst,
         "stored_bytes_exact": stored_exactly,
-        "barriers_emulation": counted["barriers"] / 32,
-        "barriers_machine_code": warps,
+        "barriers_emulation": counted["barriers"],
+        "barriers_machine_code": lanes,
     }
     if theirs:
         found["torchvision_relative_error"] = _validate_torchvision(theirs)
@@ -399,13 +455,16 @@ def validate(programs: dict[str, sass.Program], theirs: dict[str, sass.Program])
 
 
 def _validate_torchvision(programs: dict[str, sass.Program]) -> float:
-    from glimpse_ext.bench.workloads import select
     from torchvision.ops import roi_align
+
+    from glimpse_ext.bench.workloads import select
 
     work = select(["W1"])[0].tiny()
     boxes = work.make_boxes()
     maps = work.make_features(torch.float32, "contiguous")[0].requires_grad_()
-    right = roi_align(maps, boxes, work.output_size, work.scales[0], work.sampling_ratio, work.aligned)
+    right = roi_align(
+        maps, boxes, work.output_size, work.scales[0], work.sampling_ratio, work.aligned
+    )
     up = torch.randn_like(right)
     gradient = torch.autograd.grad(right, maps, up)[0]
     got, found = torch.zeros_like(right), torch.zeros_like(maps)
@@ -415,152 +474,6 @@ def _validate_torchvision(programs: dict[str, sass.Program]) -> float:
         )
     errors = [(a - b).norm() / b.norm() for a, b in ((got, right.detach()), (found, gradient))]
     return float(max(errors))
-
-
-# ------------------------------------------------------------------------------------------ targets
-
-
-def _ratio(ours: str, theirs: str) -> str:
-    return f"{ours}|{theirs}"
-
-
-TARGETS = [
-    ("W1 forward, NCHW, against torchvision", 4.0, "W1 forward contiguous float32", "W1 forward contiguous float32"),
-    ("W1 forward, channels_last, against torchvision", 6.0, "W1 forward channels_last float32", "W1 forward channels_last float32"),
-    ("W1 forward, float16, channels_last, against torchvision under autocast", 10.0, "W1 forward channels_last float16", "W1 forward channels_last autocast"),
-    ("W1 forward, float16, NCHW, against torchvision under autocast", 10.0, "W1 forward contiguous float16", "W1 forward contiguous autocast"),
-    ("W4a forward, NCHW, against torchvision's four calls without their glue", 6.0, "W4a forward contiguous float32", "W4a forward contiguous float32"),
-    ("W2b forward, NCHW, against torchvision", 12.0, "W2b forward contiguous float32", "W2b forward contiguous float32"),
-    ("W2b forward, channels_last, against torchvision", 12.0, "W2b forward channels_last float32", "W2b forward channels_last float32"),
-    ("W1 backward, NCHW, against torchvision's atomics", 4.0, "W1 backward contiguous float32", "W1 backward contiguous float32"),
-    ("W1 backward, channels_last, against torchvision's atomics", 4.0, "W1 backward channels_last float32", "W1 backward channels_last float32"),
-    ("W1 backward, float16, NCHW, against torchvision's float16 atomics", 10.0, "W1 backward contiguous float16", "W1 backward contiguous float16"),
-    ("W1 backward, float16, channels_last, against torchvision's float16 atomics", 10.0, "W1 backward channels_last float16", "W1 backward channels_last float16"),
-]
-# Bytes per output pixel of the way of detectron2 on a GPU: the grid is built, sampled, compared.
-DETECTRON2_PASTE_BYTES = 26
-
-
-def targets(stored: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
-    """Name, wanted, modelled, met; only those whose rows are there."""
-    from glimpse_ext.bench.workloads import select
-
-    ours, theirs = stored["rows"], stored["torchvision"]
-    found = []
-    for name, wanted, our_key, their_key in TARGETS:
-        if our_key in ours and their_key in theirs:
-            ratio = theirs[their_key]["seconds"] / ours[our_key]["seconds"]
-            found.append((name + " (at least)", wanted, ratio, ratio >= wanted))
-    for which in ("W6a", "W6b"):
-        key = f"{which} forward contiguous float32"
-        if key in ours:
-            work = select([which])[0]
-            pixels = work.boxes * work.image[0] * work.image[1]
-            peer = DETECTRON2_PASTE_BYTES * pixels / COPY_RATE + 10 * LAUNCH
-            ratio = peer / ours[key]["seconds"]
-            found.append((f"{which} paste, against detectron2's way (at least)", 15.0, ratio, ratio >= 15))
-            over = ours[key]["seconds"] / ours[key]["floor_seconds"]
-            found.append((f"{which} paste, over its write floor (at most)", 1.3, over, over <= 1.3))
-    return found
-
-
-# --------------------------------------------------------------------------------------------- page
-
-
-def page(stored: dict[str, Any]) -> str:
-    valid = stored["validity"]
-    errors = ", ".join(f"{name} {error:.1e}" for name, error in valid["worst_relative_error"].items())
-    lines = [
-        "# CUDA kernels on an H200: modelled, not measured",
-        "",
-        "No GPU was at hand, so **no time on this page was measured**. Instruction counts are counts: the",
-        "sm_90 machine code that nvcc makes of each kernel runs on the host, instruction by instruction,",
-        "on the arguments of a real call (`benchmarks/sass_machine.cpp`). Seconds are a model of what",
-        "these counts cost. Generated by",
-        "",
-        "```",
-        "python benchmarks/gpu_model.py --update",
-        "```",
-        "",
-        f"nvcc {stored['nvcc']}, source {stored['source']}.",
-        "",
-        "## Method",
-        "",
-        "1. csrc/cuda is compiled for sm_90 and disassembled. The launches of the emulated backend go to an",
-        "   interpreter of that machine code: 32 lanes at a time, with the convergence barriers of the code,",
-        "   so an instruction counts once for each time a warp issues it, divergence included.",
-        "2. It counts issues by opcode, 32-byte sectors and 128-byte lines of global accesses, passes through",
-        "   shared memory with bank conflicts, and sectors that miss a block's share of L1.",
-        "3. Large launches run an evenly spread sample of their blocks. The column ± is the standard error",
-        "   that follows from the spread between blocks.",
-        "4. Time of a kernel is the largest of: issue (132 SMs, 4 a cycle, 1.755 GHz), each execution unit at",
-        "   the rate of the programming guide, the pipe of L1 and shared memory (128 bytes a cycle),",
-        f"   L2 ({L2_RATE / 1e12:.1f} TB/s), DRAM (unique bytes at {COPY_RATE / 1e12:.1f} TB/s). What the SMs do is multiplied by",
-        "   the load of the busiest SM over the mean. 2.5 µs are added for each launch.",
-        "",
-        "torchvision's kernels are read from the disassembly of torchvision's wheel and run the same way; added",
-        "are the zeros that it writes first, its casts and layout copies at the rate of a copy. Its atomics",
-        "count as plain stores, and no synchronisation and no Python is counted: the ratios favour it.",
-        "",
-        "## What the model leaves out",
-        "",
-        "Latency: a kernel with too few warps or a long chain of loads is slower than its bounds, so every time",
-        "here is a lower one, of both sides of a ratio. Overlap: bounds are taken to overlap perfectly.",
-        "L2 as a cache: DRAM is unique bytes, so the maps of small boxes may be read more often. L1 is a",
-        "share per block, four ways, in an order of warps that no GPU has. Instruction cache misses,",
-        "register bank conflicts and replays are not there. Expect 1.2 to 2 times the modelled time.",
-        "",
-        "## How it is validated",
-        "",
-        f"* The results of the machine code equal those of the CPU kernels in {valid['results']} cases (every workload",
-        f"  in a small size, all dtypes and layouts, forward and backward). Largest relative error: {errors}.",
-        f"* Bytes stored by forward kernels are those of the result: {'exactly, in every case' if valid['stored_bytes_exact'] else 'NOT in every case'}.",
-        f"* Barriers: {valid['barriers_machine_code']:.0f} warps in the machine code, {valid['barriers_emulation']:.0f} in the emulation of the same sources.",
-    ]
-    if "torchvision_relative_error" in valid:
-        lines.append(
-            "* torchvision's machine code gives the results and gradients of torchvision on the CPU: relative error "
-            f"{valid['torchvision_relative_error']:.1e}."
-        )
-    lines += ["", "## Targets: modelled, not measured", "", "| | wanted | modelled | |", "| --- | --- | --- | --- |"]
-    for name, wanted, value, met in targets(stored):
-        lines.append(f"| {name} | {wanted:g}× | {value:.1f}× | {'met' if met else '**not met**'} |")
-    lines += [
-        "",
-        "## Times: modelled, not measured",
-        "",
-        "Million warp instructions; microseconds. *Floor*: unique bytes at the rate of a copy. *Waves* and *even*",
-        "(busiest SM over mean) are of the kernel that takes longest.",
-        "",
-        "| workload | time | floor | bound by | instructions | ± | kernels | waves | even | torchvision | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for key, row in stored["rows"].items():
-        peer = stored["torchvision"].get(key)
-        main = max(row["kernels"], key=lambda k: max(k["microseconds"].values()), default=None)
-        lines.append(
-            f"| {key} | {row['seconds'] * 1e6:.1f} | {row['floor_seconds'] * 1e6:.1f} | {row['bound']} "
-            f"| {row['issues'] / 1e6:.2f} | {row['error']:.1%} | {row['launches']} "
-            + (f"| {main['waves']} | {main['imbalance']:.2f} " if main else "| – | – ")
-            + (f"| {peer['seconds'] * 1e6:.0f} | {peer['seconds'] / row['seconds']:.1f}× |" if peer else "| – | – |")
-        )
-    lines += [
-        "",
-        "## Where instructions go",
-        "",
-        "Shares of the warp instructions of float32 rows by class, and the lines of csrc/cuda that issue most.",
-        "",
-        "| workload | " + " | ".join(["integer", *CLASSES]) + " | lines |",
-        "| --- |" + " --- |" * (len(CLASSES) + 2),
-    ]
-    for key, row in stored["rows"].items():
-        if not key.endswith("float32") or not row["kernels"]:
-            continue
-        main = max(row["kernels"], key=lambda k: max(k["microseconds"].values()))
-        shares = [row["classes"].get(name, 0) / max(1, row["issues"]) for name in ["integer", *CLASSES]]
-        places = ", ".join(f"{place} {share:.0%}" for place, share in main["hot"][:4])
-        lines.append(f"| {key} | " + " | ".join(f"{s:.0%}" for s in shares) + f" | {places} |")
-    return "\n".join(lines) + "\n"
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -593,10 +506,17 @@ def check() -> int:
         print(f"the sources changed, and nvcc {version} is not that of the model: cannot tell")
         return 1
     now = static_hashes(gpu_kernels.compile_kernels())
-    changed = sorted(k for k in now.keys() | stored["static"].keys() if now.get(k) != stored["static"].get(k))
+    changed = sorted(
+        k for k in now.keys() | stored["static"].keys() if now.get(k) != stored["static"].get(k)
+    )
     for name in changed:
-        print(f"{name}: {'other machine code' if name in now and name in stored['static'] else 'new or gone'}")
-    print("the model is stale: run --update" if changed else "the sources changed, the machine code did not")
+        both = name in now and name in stored["static"]
+        print(f"{name}: {'other machine code' if both else 'new or gone'}")
+    print(
+        "the model is stale: run --update"
+        if changed
+        else "the sources changed, the machine code did not"
+    )
     return 1 if changed else 0
 
 
@@ -607,25 +527,27 @@ def update(names: list[str], budget: float, dtypes: list[str]) -> int:
     start = time.monotonic()
     programs = gpu_kernels.compile_kernels()
     theirs = gpu_kernels.torchvision_kernels()
-    if not theirs:
+    if theirs == {}:
         print("no CUDA build of torchvision: its rows stay as they are")
     stored: dict[str, Any] = {"rows": {}, "torchvision": {}}
     if TABLE.exists() and names:
         stored = json.loads(TABLE.read_text())
     elif TABLE.exists() and not theirs:
         stored["torchvision"] = json.loads(TABLE.read_text())["torchvision"]
+    fresh = not names or stored.get("source") != gpu_kernels.source_hash()
     stored["nvcc"] = compile_gate.nvcc_version(compile_gate.find_nvcc())
     stored["source"] = gpu_kernels.source_hash()
     stored["static"] = static_hashes(programs)
     print(f"{len(programs)} kernels, {time.monotonic() - start:.0f} s", flush=True)
-    stored["validity"] = validate(programs, theirs)
-    print(stored["validity"], f"{time.monotonic() - start:.0f} s", flush=True)
+    if fresh or "validity" not in stored:
+        stored["validity"] = validate(programs, theirs)
+        print(stored["validity"], f"{time.monotonic() - start:.0f} s", flush=True)
     for work in select(names) if names else WORKLOADS:
         for key, row in workload_rows(work, programs, budget, dtypes):
             stored["rows"][key] = row
             print(
-                f"{key}: {row['seconds'] * 1e6:.1f} us, {row['bound']}, {row['issues'] / 1e6:.2f} M "
-                f"({time.monotonic() - start:.0f} s)",
+                f"{key}: {row['seconds'] * 1e6:.1f} us, {row['bound']}, "
+                f"{row['issues'] / 1e6:.2f} M ({time.monotonic() - start:.0f} s)",
                 flush=True,
             )
         if theirs and work.operator in ("roi_align", "multiscale_roi_align"):
@@ -644,7 +566,7 @@ def save(stored: dict[str, Any]) -> None:
         rows = stored[part]
         stored[part] = {k: rows[k] for k in sorted(rows, key=lambda key: order[key.split()[0]])}
     TABLE.write_text(json.dumps(stored, indent=1) + "\n")
-    PAGE.write_text(page(stored))
+    PAGE.write_text(gpu_report.page(stored))
 
 
 def main() -> int:

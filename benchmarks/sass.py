@@ -29,22 +29,29 @@ INSTRUCTION_BYTES = 16
 (NONE, REG, UREG, IMM, CONST, PRED, UPRED, ADDRESS, LABEL, BARRIER) = range(10)
 NO_REG, NO_UREG, TRUE = 255, 63, 7
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+# The order of these three is that of sass_machine.cpp.
 FLAGS = {
     name: 1 << bit
     for bit, name in enumerate(
-        "X HI WIDE U32 EX L W LONG SX32 SH FTZ SIGNED DIV ALL UP DOWN BFLY F32 BF16 NAN "
-        "RSQ RCP 64H EX2 LG2 SIN COS SQRT SHORT CAS COLLECTIVE".split()
+        _words(
+            "X HI WIDE U32 EX L W LONG SX32 SH FTZ SIGNED DIV ALL UP DOWN BFLY F32 BF16 NAN "
+            "RSQ RCP 64H EX2 LG2 SIN COS SQRT SHORT CAS COLLECTIVE"
+        )
     )
 }
 COMPARISONS = {
     name: number
     for number, name in enumerate(
-        "LT EQ LE GT NE GE LTU EQU LEU GTU NEU GEU NUM NAN".split(), start=1
+        _words("LT EQ LE GT NE GE LTU EQU LEU GTU NEU GEU NUM NAN"), start=1
     )
 }
 FORMATS = {
-    name: number
-    for number, name in enumerate("S32 U32 S64 U64 F32 F64 U16 S16 U8 S8 F16".split())
+    name: number for number, name in enumerate(_words("S32 U32 S64 U64 F32 F64 U16 S16 U8 S8 F16"))
 }
 ROUNDINGS = {"RN": 0, "RM": 1, "FLOOR": 1, "RP": 2, "CEIL": 2, "RZ": 3, "TRUNC": 3}
 SPECIAL = {"SRZ": 0, "SR_TID.X": 1, "SR_TID.Y": 2, "SR_TID.Z": 3, "SR_CTAID.X": 4}
@@ -439,9 +446,7 @@ class Parameter:
     alignment: int
 
 
-def constant_bank(
-    parameters: Iterable[Parameter], grid: Sequence[int], block: int
-) -> bytes:
+def constant_bank(parameters: Iterable[Parameter], grid: Sequence[int], block: int) -> bytes:
     bank = bytearray(PARAMETERS_AT)
     struct.pack_into("<6I", bank, 0, block, 1, 1, *grid)
     struct.pack_into("<I", bank, 0x28, 4096 - 256)  # top of the stack, see kLocalBytes
@@ -502,9 +507,7 @@ def run(
     wrong = library.sass_run(ctypes.byref(launch))
     if wrong is not None:
         raise RuntimeError(f"sass: {program.name}: {wrong.decode()}")
-    columns = {
-        name: [int(getattr(count, name)) for count in counts] for name, _ in _Count._fields_
-    }
+    columns = {name: [int(getattr(count, name)) for count in counts] for name, _ in _Count._fields_}
     return Counts(
         **columns,
         block_issues=list(issues[: len(which)]),

@@ -5,9 +5,9 @@
 /// One warp at a time, all 32 lanes of an instruction together. Lanes that diverge go on as
 /// separate paths until the convergence barriers of the code (BSSY, BSYNC, BREAK) join them, so an
 /// instruction counts once for each time that the GPU issues it. Global addresses are addresses of
-/// this process. Beside the issue counts it keeps, per instruction, the 32-byte sectors and 128-byte
-/// lines that the lanes touch, the passes through shared memory that bank conflicts cost, and the
-/// sectors that miss a share of L1.
+/// this process. Beside the issue counts it keeps, per instruction, the 32-byte sectors and
+/// 128-byte lines that the lanes touch, the passes through shared memory that bank conflicts cost,
+/// and the sectors that miss a share of L1.
 ///
 /// Not modelled: time. Waiting, caching beyond that share of L1, and the order of warps are not
 /// what a GPU does.
@@ -31,24 +31,27 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kAll = 0xffffffffu;
-constexpr int kTrue = 7;                   // PT and UPT
-constexpr uint32_t kSharedStart = 0x400;   // the first kilobyte belongs to the system
+constexpr int kTrue = 7;                  // PT and UPT
+constexpr uint32_t kSharedStart = 0x400;  // the first kilobyte belongs to the system
 constexpr uint32_t kSharedBytes = 228 * 1024;
 constexpr uint32_t kLocalBytes = 4096;
 constexpr uint64_t kMostIssuesOfBlock = 200'000'000;
 
 // The order of both lists is that of sass.py.
 enum Kind : uint8_t { kNone, kReg, kUreg, kImm, kConst, kPred, kUpred, kAddress, kLabel, kBarrier };
-#define SASS_OPERATIONS(X)                                                                        \
-  X(ATOM) X(ATOMG) X(BAR) X(BRA) X(BREAK) X(BREV) X(BSSY) X(BSYNC) X(CALL) X(CS2R) X(DADD)        \
-  X(DEPBAR) X(DFMA) X(DMNMX) X(DMUL) X(DSETP) X(EXIT) X(F2F) X(F2FP) X(F2I) X(FADD) X(FCHK)       \
-  X(FFMA) X(FLO) X(FMNMX) X(FMUL) X(FRND) X(FSEL) X(FSET) X(FSETP) X(HADD2) X(HFMA2) X(HMUL2)     \
-  X(I2F) X(I2FP) X(IABS) X(IADD3) X(IMAD) X(IMNMX) X(ISETP) X(LD) X(LDC) X(LDG) X(LDGDEPBAR)      \
-  X(LDGSTS) X(LDL) X(LDS) X(LEA) X(LOP3) X(MOV) X(MUFU) X(NOP) X(P2R) X(PLOP3) X(POPC) X(PRMT)    \
-  X(QSPC) X(R2P) X(R2UR) X(RED) X(REDG) X(RET) X(S2R) X(S2UR) X(SEL) X(SHF) X(SHFL) X(ST) X(STG)  \
-  X(STL) X(STS) X(UIADD3) X(UIMAD) X(UIMNMX) X(UISETP) X(ULDC) X(ULEA) X(ULOP3) X(UMOV) X(UPLOP3) \
-  X(UPOPC) X(UPRMT) X(USEL) X(USHF) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VOTE) X(VOTEU) X(WARPSYNC)  \
-  X(YIELD) X(UNKNOWN)
+#define SASS_OPERATIONS(X)                                                                         \
+  X(ATOM)                                                                                          \
+  X(ATOMG) X(BAR) X(BRA) X(BREAK) X(BREV) X(BSSY) X(BSYNC) X(CALL) X(CS2R) X(DADD) X(DEPBAR)       \
+      X(DFMA) X(DMNMX) X(DMUL) X(DSETP) X(EXIT) X(F2F) X(F2FP) X(F2I) X(FADD) X(FCHK) X(FFMA)      \
+          X(FLO) X(FMNMX) X(FMUL) X(FRND) X(FSEL) X(FSET) X(FSETP) X(HADD2) X(HFMA2) X(HMUL2)      \
+              X(I2F) X(I2FP) X(IABS) X(IADD3) X(IMAD) X(IMNMX) X(ISETP) X(LD) X(LDC) X(LDG)        \
+                  X(LDGDEPBAR) X(LDGSTS) X(LDL) X(LDS) X(LEA) X(LOP3) X(MOV) X(MUFU) X(NOP) X(P2R) \
+                      X(PLOP3) X(POPC) X(PRMT) X(QSPC) X(R2P) X(R2UR) X(RED) X(REDG) X(RET) X(S2R) \
+                          X(S2UR) X(SEL) X(SHF) X(SHFL) X(ST) X(STG) X(STL) X(STS) X(UIADD3)       \
+                              X(UIMAD) X(UIMNMX) X(UISETP) X(ULDC) X(ULEA) X(ULOP3) X(UMOV)        \
+                                  X(UPLOP3) X(UPOPC) X(UPRMT) X(USEL) X(USHF) X(VIADD)             \
+                                      X(VIADDMNMX) X(VIMNMX) X(VOTE) X(VOTEU) X(WARPSYNC) X(YIELD) \
+                                          X(UNKNOWN)
 enum Operation : uint16_t {
 #define SASS_NAME(name) name,
   SASS_OPERATIONS(SASS_NAME)
@@ -64,41 +67,79 @@ struct Operand {
   uint8_t wide;                          // of an address: the register is a pair
   uint8_t scale;                         // of an address: the register times this
   uint8_t pad;
-  int64_t value;                         // immediate bits, offset, address of a label
+  int64_t value;  // immediate bits, offset, address of a label
 };
 
 struct Instruction {
   uint16_t operation;
   uint8_t guard, guard_inverted, guard_uniform;
   uint8_t operands;
-  uint8_t bytes;      // of a memory access, per lane
-  uint8_t compare;    // LT EQ LE GT NE GE LTU EQU LEU GTU NEU GEU NUM NAN, from 1
-  uint8_t combine;    // AND OR XOR
-  uint8_t rounding;   // RN RM RP RZ
-  uint8_t from, to;   // number formats of a conversion
+  uint8_t bytes;     // of a memory access, per lane
+  uint8_t compare;   // LT EQ LE GT NE GE LTU EQU LEU GTU NEU GEU NUM NAN, from 1
+  uint8_t combine;   // AND OR XOR
+  uint8_t rounding;  // RN RM RP RZ
+  uint8_t from, to;  // number formats of a conversion
   uint32_t flags;
   Operand operand[7];
 };
 
 enum Flag : uint32_t {
-  kX = 1, kHi = 2, kWide = 4, kUnsigned = 8, kExtended = 16, kLeft = 32, kWrap = 64, kLong = 128,
-  kSx32 = 256, kShow = 512, kFtz = 1024, kSignedLoad = 2048, kDiv = 4096, kAll_ = 8192, kUp = 16384,
-  kDown = 32768, kButterfly = 65536, kF32 = 1 << 17, kBf16 = 1 << 18, kNan = 1 << 19,
-  kRsq = 1 << 20, kRcp = 1 << 21, kHalf64 = 1 << 22, kEx2 = 1 << 23, kLg2 = 1 << 24, kSin = 1 << 25,
-  kCos = 1 << 26, kSqrt = 1 << 27, kShort = 1 << 28, kCas = 1 << 29, kCollective = 1 << 30,
+  kX = 1,
+  kHi = 2,
+  kWide = 4,
+  kUnsigned = 8,
+  kExtended = 16,
+  kLeft = 32,
+  kWrap = 64,
+  kLong = 128,
+  kSx32 = 256,
+  kShow = 512,
+  kFtz = 1024,
+  kSignedLoad = 2048,
+  kDiv = 4096,
+  kAll_ = 8192,
+  kUp = 16384,
+  kDown = 32768,
+  kButterfly = 65536,
+  kF32 = 1 << 17,
+  kBf16 = 1 << 18,
+  kNan = 1 << 19,
+  kRsq = 1 << 20,
+  kRcp = 1 << 21,
+  kHalf64 = 1 << 22,
+  kEx2 = 1 << 23,
+  kLg2 = 1 << 24,
+  kSin = 1 << 25,
+  kCos = 1 << 26,
+  kSqrt = 1 << 27,
+  kShort = 1 << 28,
+  kCas = 1 << 29,
+  kCollective = 1 << 30,
 };
 
-enum Format : uint8_t { kS32, kU32, kS64, kU64, kFloat32, kFloat64, kU16, kS16, kU8, kS8, kFloat16 };
+enum Format : uint8_t {
+  kS32,
+  kU32,
+  kS64,
+  kU64,
+  kFloat32,
+  kFloat64,
+  kU16,
+  kS16,
+  kU8,
+  kS8,
+  kFloat16
+};
 
 /// What one instruction did in all blocks that ran.
 struct Count {
-  uint64_t issues;      // by warps
-  uint64_t lanes;       // that were active
-  uint64_t sectors;     // of 32 bytes, distinct per warp
-  uint64_t lines;       // of 128 bytes, distinct per warp
-  uint64_t passes;      // through shared memory
-  uint64_t missed;      // sectors that were not in the block's share of L1
-  uint64_t bytes;       // that the lanes asked for
+  uint64_t issues;   // by warps
+  uint64_t lanes;    // that were active
+  uint64_t sectors;  // of 32 bytes, distinct per warp
+  uint64_t lines;    // of 128 bytes, distinct per warp
+  uint64_t passes;   // through shared memory
+  uint64_t missed;   // sectors that were not in the block's share of L1
+  uint64_t bytes;    // that the lanes asked for
 };
 
 struct Launch {
@@ -108,20 +149,36 @@ struct Launch {
   uint64_t constant_bytes;
   uint32_t grid[3];
   uint32_t block;
-  uint32_t l1_bytes;      // of one block
-  uint64_t blocks;        // how many to run
-  const uint64_t* which;  // their linear indices
-  Count* counts;          // per instruction
-  uint64_t* block_issues; // per block that ran
-  uint64_t* longest_warp; // issues of the busiest warp
-  uint64_t* read_sectors; // distinct 32-byte sectors of global memory, over all blocks
+  uint32_t l1_bytes;       // of one block
+  uint64_t blocks;         // how many to run
+  const uint64_t* which;   // their linear indices
+  Count* counts;           // per instruction
+  uint64_t* block_issues;  // per block that ran
+  uint64_t* longest_warp;  // issues of the busiest warp
+  uint64_t* read_sectors;  // distinct 32-byte sectors of global memory, over all blocks
   uint64_t* written_sectors;
 };
 
-float as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4); return v; }
-uint32_t bits_of(float v) { uint32_t b; std::memcpy(&b, &v, 4); return b; }
-double as_double(uint64_t bits) { double v; std::memcpy(&v, &bits, 8); return v; }
-uint64_t bits_of(double v) { uint64_t b; std::memcpy(&b, &v, 8); return b; }
+float as_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+uint32_t bits_of(float v) {
+  uint32_t b;
+  std::memcpy(&b, &v, 4);
+  return b;
+}
+double as_double(uint64_t bits) {
+  double v;
+  std::memcpy(&v, &bits, 8);
+  return v;
+}
+uint64_t bits_of(double v) {
+  uint64_t b;
+  std::memcpy(&b, &v, 8);
+  return b;
+}
 
 float from_half(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
@@ -256,14 +313,14 @@ class Machine {
 
   void run() {
     for (uint64_t i = 0; i < l_.blocks; ++i) try {
-      const uint64_t index = l_.which[i];
-      ctaid_[0] = static_cast<uint32_t>(index % l_.grid[0]);
-      ctaid_[1] = static_cast<uint32_t>(index / l_.grid[0] % l_.grid[1]);
-      ctaid_[2] = static_cast<uint32_t>(index / l_.grid[0] / l_.grid[1]);
-      l_.block_issues[i] = run_block();
-    } catch (const std::exception& error) {
-      wrong(place() + ": " + error.what());
-    }
+        const uint64_t index = l_.which[i];
+        ctaid_[0] = static_cast<uint32_t>(index % l_.grid[0]);
+        ctaid_[1] = static_cast<uint32_t>(index / l_.grid[0] % l_.grid[1]);
+        ctaid_[2] = static_cast<uint32_t>(index / l_.grid[0] / l_.grid[1]);
+        l_.block_issues[i] = run_block();
+      } catch (const std::exception& error) {
+        wrong(place() + ": " + error.what());
+      }
     *l_.read_sectors = read_.count();
     *l_.written_sectors = written_.count();
   }
@@ -332,9 +389,10 @@ class Machine {
       }
       if ((wanted & ~there) != 0) continue;
       Path joined{w.path[i].pc, there, -1};
-      w.path.erase(std::remove_if(w.path.begin(), w.path.end(),
-                                  [&](const Path& p) { return p.waits == at && p.pc == joined.pc; }),
-                   w.path.end());
+      w.path.erase(
+          std::remove_if(w.path.begin(), w.path.end(),
+                         [&](const Path& p) { return p.waits == at && p.pc == joined.pc; }),
+          w.path.end());
       w.path.push_back(joined);
       i = static_cast<size_t>(-1);
     }
@@ -521,9 +579,9 @@ class Machine {
 
   void addresses(Warp& w, const Operand& o, uint32_t mask, uint64_t* out) {
     const uint64_t uniform =
-        o.ureg == 63 ? 0
-                     : (o.wide ? static_cast<uint64_t>(w.ureg[o.ureg + 1]) << 32 : 0) |
-                           w.ureg[o.ureg];
+        o.ureg == 63
+            ? 0
+            : (o.wide ? static_cast<uint64_t>(w.ureg[o.ureg + 1]) << 32 : 0) | w.ureg[o.ureg];
     for (int i = 0; i < kLanes; ++i) {
       uint64_t base = 0;
       if (o.reg != 255) {
@@ -549,7 +607,8 @@ class Machine {
                            std::find(sector, sector + sectors, s) == sector + sectors)) {
         sector[sectors++] = s;
       }
-      if (lines == 0 || (line[lines - 1] != l && std::find(line, line + lines, l) == line + lines)) {
+      if (lines == 0 ||
+          (line[lines - 1] != l && std::find(line, line + lines, l) == line + lines)) {
         line[lines++] = l;
       }
     }
@@ -647,20 +706,34 @@ class Machine {
 
   static bool compare(int how, bool less, bool equal, bool unordered) {
     switch (how) {
-      case 1: return less && !unordered;
-      case 2: return equal;
-      case 3: return (less || equal) && !unordered;
-      case 4: return !less && !equal && !unordered;
-      case 5: return !equal && !unordered;
-      case 6: return !less && !unordered;
-      case 7: return less || unordered;
-      case 8: return equal || unordered;
-      case 9: return less || equal || unordered;
-      case 10: return (!less && !equal) || unordered;
-      case 11: return !equal || unordered;
-      case 12: return !less || unordered;
-      case 13: return !unordered;
-      case 14: return unordered;
+      case 1:
+        return less && !unordered;
+      case 2:
+        return equal;
+      case 3:
+        return (less || equal) && !unordered;
+      case 4:
+        return !less && !equal && !unordered;
+      case 5:
+        return !equal && !unordered;
+      case 6:
+        return !less && !unordered;
+      case 7:
+        return less || unordered;
+      case 8:
+        return equal || unordered;
+      case 9:
+        return less || equal || unordered;
+      case 10:
+        return (!less && !equal) || unordered;
+      case 11:
+        return !equal || unordered;
+      case 12:
+        return !less || unordered;
+      case 13:
+        return !unordered;
+      case 14:
+        return unordered;
     }
     wrong("an unknown comparison");
   }
@@ -682,7 +755,9 @@ class Machine {
     return out;
   }
 
-  static float flush(float v) { return std::fabs(v) < 1.17549435e-38f ? std::copysign(0.0f, v) : v; }
+  static float flush(float v) {
+    return std::fabs(v) < 1.17549435e-38f ? std::copysign(0.0f, v) : v;
+  }
 
   /// a * b + c in the rounding that the instruction names.
   static float multiply_add(float a, float b, float c, int rounding) {
@@ -701,7 +776,8 @@ class Machine {
   }
 
   static bool needs_slow_division(float a, float b) {
-    const int ea = static_cast<int>(bits_of(a) >> 23 & 255), eb = static_cast<int>(bits_of(b) >> 23 & 255);
+    const int ea = static_cast<int>(bits_of(a) >> 23 & 255),
+              eb = static_cast<int>(bits_of(b) >> 23 & 255);
     if (eb == 0 || eb >= 253 || ea == 255) return true;
     if (a == 0.0f) return false;
     return ea - eb >= 126 || ea - eb <= -126 || ea <= 24;
@@ -709,18 +785,25 @@ class Machine {
 
   template <class T>
   static T saturated(double v) {
-    if (std::isnan(v)) return sizeof(T) == 8 && std::is_signed<T>::value ? std::numeric_limits<T>::min() : 0;
-    if (v <= static_cast<double>(std::numeric_limits<T>::min())) return std::numeric_limits<T>::min();
-    if (v >= static_cast<double>(std::numeric_limits<T>::max())) return std::numeric_limits<T>::max();
+    if (std::isnan(v))
+      return sizeof(T) == 8 && std::is_signed<T>::value ? std::numeric_limits<T>::min() : 0;
+    if (v <= static_cast<double>(std::numeric_limits<T>::min()))
+      return std::numeric_limits<T>::min();
+    if (v >= static_cast<double>(std::numeric_limits<T>::max()))
+      return std::numeric_limits<T>::max();
     return static_cast<T>(v);
   }
 
   static double rounded(double v, int rounding) {
     switch (rounding) {
-      case 1: return std::floor(v);
-      case 2: return std::ceil(v);
-      case 3: return std::trunc(v);
-      default: return std::nearbyint(v);
+      case 1:
+        return std::floor(v);
+      case 2:
+        return std::ceil(v);
+      case 3:
+        return std::trunc(v);
+      default:
+        return std::nearbyint(v);
     }
   }
 
@@ -729,7 +812,8 @@ class Machine {
     float f = static_cast<float>(v);
     if (rounding == 2 && f < v) f = std::nextafterf(f, INFINITY);
     if (rounding == 1 && f > v) f = std::nextafterf(f, -INFINITY);
-    if (rounding == 3 && std::fabs(static_cast<long double>(f)) > std::fabs(v)) f = std::nextafterf(f, 0);
+    if (rounding == 3 && std::fabs(static_cast<long double>(f)) > std::fabs(v))
+      f = std::nextafterf(f, 0);
     return f;
   }
 
@@ -771,7 +855,10 @@ void Machine::step(Warp& w, size_t at) {
   int n = 1;  // the next source operand
 
   switch (in.operation) {
-    case NOP: case YIELD: case DEPBAR: case LDGDEPBAR:
+    case NOP:
+    case YIELD:
+    case DEPBAR:
+    case LDGDEPBAR:
       break;
 
     // ------------------------------------------------------------------------------- control flow
@@ -849,7 +936,8 @@ void Machine::step(Warp& w, size_t at) {
     }
 
     // ------------------------------------------------------------------------------------ integers
-    case MOV: case UMOV: {
+    case MOV:
+    case UMOV: {
       const uint32_t* a = integer(w, o[1], ra);
       store(w, o[0], mask, 0, [&](int i) { return a[i]; });
       break;
@@ -859,16 +947,26 @@ void Machine::step(Warp& w, size_t at) {
       store(w, o[0], mask, 0, [](int) { return 0u; });
       if (!(in.flags & kF32)) store(w, o[0], mask, 1, [](int) { return 0u; });
       break;
-    case S2R: case S2UR: {
+    case S2R:
+    case S2UR: {
       const auto which = o[1].value;
       store(w, o[0], mask, 0, [&](int i) -> uint32_t {
         switch (which) {
-          case 1: return w.first_thread + static_cast<uint32_t>(i);
-          case 2: case 3: return 0;
-          case 4: case 5: case 6: return ctaid_[which - 4];
-          case 7: return static_cast<uint32_t>(i);
-          case 9: return kSharedStart;
-          default: return 0;  // the block's place in its cluster, and of windows nothing uses
+          case 1:
+            return w.first_thread + static_cast<uint32_t>(i);
+          case 2:
+          case 3:
+            return 0;
+          case 4:
+          case 5:
+          case 6:
+            return ctaid_[which - 4];
+          case 7:
+            return static_cast<uint32_t>(i);
+          case 9:
+            return kSharedStart;
+          default:
+            return 0;  // the block's place in its cluster, and of windows nothing uses
         }
       });
       break;
@@ -879,7 +977,8 @@ void Machine::step(Warp& w, size_t at) {
       if (o[0].ureg != 63) w.ureg[o[0].ureg] = v;
       break;
     }
-    case LDC: case ULDC: {
+    case LDC:
+    case ULDC: {
       if (in.flags & kSignedLoad) wrong("a signed constant");
       uint32_t out[4][kLanes] = {};  // first, because the target may be part of the address
       const int parts = std::max(1, in.bytes / 4);
@@ -904,7 +1003,8 @@ void Machine::step(Warp& w, size_t at) {
       store(w, o[0], mask, 0, [&](int i) { return a[i] + b[i]; });
       break;
     }
-    case IADD3: case UIADD3: {
+    case IADD3:
+    case UIADD3: {
       Operand carry_to[2];
       int carries = 0;
       while (o[n].kind == kPred || o[n].kind == kUpred) carry_to[carries++] = o[n++];
@@ -932,7 +1032,8 @@ void Machine::step(Warp& w, size_t at) {
       if (carries > 1) set_predicate(w, carry_to[1], carry2, mask);
       break;
     }
-    case IMAD: case UIMAD: {
+    case IMAD:
+    case UIMAD: {
       Operand carry_to{};
       if (o[n].kind == kPred || o[n].kind == kUpred) carry_to = o[n++];
       const uint32_t *a = integer(w, o[n], ra), *b = integer(w, o[n + 1], rb);
@@ -964,7 +1065,8 @@ void Machine::step(Warp& w, size_t at) {
       }
       break;
     }
-    case LEA: case ULEA: {
+    case LEA:
+    case ULEA: {
       Operand carry_to{};
       if (o[n].kind == kPred || o[n].kind == kUpred) carry_to = o[n++];
       const uint32_t *a = integer(w, o[n], ra), *b = integer(w, o[n + 1], rb);
@@ -972,7 +1074,8 @@ void Machine::step(Warp& w, size_t at) {
         int shift_at = n + 2;
         const uint32_t* high = nullptr;
         if (in.flags & kSx32) {
-          for (int i = 0; i < kLanes; ++i) rc[i] = static_cast<uint32_t>(static_cast<int32_t>(a[i]) >> 31);
+          for (int i = 0; i < kLanes; ++i)
+            rc[i] = static_cast<uint32_t>(static_cast<int32_t>(a[i]) >> 31);
           high = rc;
         } else {
           high = integer(w, o[n + 2], rc);
@@ -1003,7 +1106,8 @@ void Machine::step(Warp& w, size_t at) {
       }
       break;
     }
-    case LOP3: case ULOP3: {
+    case LOP3:
+    case ULOP3: {
       Operand zero_to{};
       int dst = 0;
       if (o[0].kind == kPred || o[0].kind == kUpred) {
@@ -1024,8 +1128,10 @@ void Machine::step(Warp& w, size_t at) {
       if (zero_to.kind != kNone) set_predicate(w, zero_to, set | with, mask);
       break;
     }
-    case SHF: case USHF: {
-      const uint32_t *a = integer(w, o[1], ra), *s = integer(w, o[2], rb), *c = integer(w, o[3], rc);
+    case SHF:
+    case USHF: {
+      const uint32_t *a = integer(w, o[1], ra), *s = integer(w, o[2], rb),
+                     *c = integer(w, o[3], rc);
       const uint32_t most = in.flags & kLong ? 64 : 32;
       store(w, o[0], mask, 0, [&](int i) -> uint32_t {
         uint32_t shift = in.flags & kWrap ? s[i] & (most - 1) : std::min(s[i], most);
@@ -1042,8 +1148,10 @@ void Machine::step(Warp& w, size_t at) {
       });
       break;
     }
-    case PRMT: case UPRMT: {
-      const uint32_t *a = integer(w, o[1], ra), *s = integer(w, o[2], rb), *c = integer(w, o[3], rc);
+    case PRMT:
+    case UPRMT: {
+      const uint32_t *a = integer(w, o[1], ra), *s = integer(w, o[2], rb),
+                     *c = integer(w, o[3], rc);
       store(w, o[0], mask, 0, [&](int i) {
         const uint64_t v = static_cast<uint64_t>(c[i]) << 32 | a[i];
         uint32_t out = 0;
@@ -1057,7 +1165,9 @@ void Machine::step(Warp& w, size_t at) {
       });
       break;
     }
-    case SEL: case USEL: case FSEL: {
+    case SEL:
+    case USEL:
+    case FSEL: {
       const Operand &oa = o[1], &ob = o[2];
       const uint32_t choose = predicate(w, o[3]);
       uint32_t a[kLanes], b[kLanes];
@@ -1072,13 +1182,15 @@ void Machine::step(Warp& w, size_t at) {
       store(w, o[0], mask, 0, [&](int i) { return choose >> i & 1 ? a[i] : b[i]; });
       break;
     }
-    case ISETP: case UISETP: {
+    case ISETP:
+    case UISETP: {
       const uint32_t *a = integer(w, o[2], ra), *b = integer(w, o[3], rb);
       uint32_t result = 0;
       const uint32_t low = in.flags & kExtended ? predicate(w, o[5]) : 0;
       for (int i = 0; i < kLanes; ++i) {
-        const bool less = in.flags & kUnsigned ? a[i] < b[i]
-                                               : static_cast<int32_t>(a[i]) < static_cast<int32_t>(b[i]);
+        const bool less = in.flags & kUnsigned
+                              ? a[i] < b[i]
+                              : static_cast<int32_t>(a[i]) < static_cast<int32_t>(b[i]);
         bool v = compare(in.compare, less, a[i] == b[i], false);
         if (in.flags & kExtended && a[i] == b[i]) v = low >> i & 1;
         result |= static_cast<uint32_t>(v) << i;
@@ -1090,7 +1202,10 @@ void Machine::step(Warp& w, size_t at) {
       set_predicate(w, o[1], second, mask);
       break;
     }
-    case VIMNMX: case IMNMX: case UIMNMX: case VIADDMNMX: {
+    case VIMNMX:
+    case IMNMX:
+    case UIMNMX:
+    case VIADDMNMX: {
       const uint32_t *a = integer(w, o[1], ra), *b = integer(w, o[2], rb);
       const uint32_t* c = b;
       int at_predicate = 3;
@@ -1101,20 +1216,23 @@ void Machine::step(Warp& w, size_t at) {
       const uint32_t smaller = predicate(w, o[at_predicate]);
       store(w, o[0], mask, 0, [&](int i) {
         const uint32_t x = in.operation == VIADDMNMX ? a[i] + b[i] : a[i];
-        const bool less = in.flags & kUnsigned ? x < c[i]
-                                               : static_cast<int32_t>(x) < static_cast<int32_t>(c[i]);
+        const bool less =
+            in.flags & kUnsigned ? x < c[i] : static_cast<int32_t>(x) < static_cast<int32_t>(c[i]);
         return less == ((smaller >> i & 1) != 0) ? x : c[i];
       });
       break;
     }
     case IABS: {
       const uint32_t* a = integer(w, o[1], ra);
-      store(w, o[0], mask, 0, [&](int i) { return static_cast<int32_t>(a[i]) < 0 ? 0u - a[i] : a[i]; });
+      store(w, o[0], mask, 0,
+            [&](int i) { return static_cast<int32_t>(a[i]) < 0 ? 0u - a[i] : a[i]; });
       break;
     }
-    case POPC: case UPOPC: {
+    case POPC:
+    case UPOPC: {
       const uint32_t* a = integer(w, o[1], ra);
-      store(w, o[0], mask, 0, [&](int i) { return static_cast<uint32_t>(__builtin_popcount(a[i])); });
+      store(w, o[0], mask, 0,
+            [&](int i) { return static_cast<uint32_t>(__builtin_popcount(a[i])); });
       break;
     }
     case BREV: {
@@ -1138,7 +1256,8 @@ void Machine::step(Warp& w, size_t at) {
     }
 
     // ---------------------------------------------------------------------------------- predicates
-    case PLOP3: case UPLOP3: {
+    case PLOP3:
+    case UPLOP3: {
       const uint32_t a = predicate(w, o[2]), b = predicate(w, o[3]), c = predicate(w, o[4]);
       set_predicate(w, o[0], logic(static_cast<uint32_t>(o[5].value), a, b, c), mask);
       if (in.operands > 6) {
@@ -1164,7 +1283,8 @@ void Machine::step(Warp& w, size_t at) {
       }
       break;
     }
-    case VOTE: case VOTEU: {
+    case VOTE:
+    case VOTEU: {
       int source = in.operands - 1;
       const uint32_t yes = predicate(w, o[source]) & mask;
       const bool result = in.flags & kAll_ ? yes == mask : yes != 0;
@@ -1178,7 +1298,8 @@ void Machine::step(Warp& w, size_t at) {
       break;
     }
     case SHFL: {
-      const uint32_t *v = integer(w, o[2], ra), *lane = integer(w, o[3], rb), *c = integer(w, o[4], rc);
+      const uint32_t *v = integer(w, o[2], ra), *lane = integer(w, o[3], rb),
+                     *c = integer(w, o[4], rc);
       uint32_t out[kLanes], valid = 0;
       for (int i = 0; i < kLanes; ++i) {
         const int segment = static_cast<int>(c[i] >> 8 & 31), clamp = static_cast<int>(c[i] & 31);
@@ -1230,7 +1351,8 @@ void Machine::step(Warp& w, size_t at) {
       if (in.rounding == 0) {
         store(w, o[0], mask, 0, [&](int i) { return bits_of(__builtin_fmaf(a[i], b[i], c[i])); });
       } else {
-        store(w, o[0], mask, 0, [&](int i) { return bits_of(multiply_add(a[i], b[i], c[i], in.rounding)); });
+        store(w, o[0], mask, 0,
+              [&](int i) { return bits_of(multiply_add(a[i], b[i], c[i], in.rounding)); });
       }
       break;
     }
@@ -1243,7 +1365,8 @@ void Machine::step(Warp& w, size_t at) {
       });
       break;
     }
-    case FSETP: case FSET: {
+    case FSETP:
+    case FSET: {
       const int first = in.operation == FSET ? 1 : 2;
       const float *a = real(w, o[first], fa), *b = real(w, o[first + 1], fb);
       uint32_t result = 0;
@@ -1266,7 +1389,8 @@ void Machine::step(Warp& w, size_t at) {
     case FCHK: {
       const float *a = real(w, o[1], fa), *b = real(w, o[2], fb);
       uint32_t slow = 0;
-      for (int i = 0; i < kLanes; ++i) slow |= static_cast<uint32_t>(needs_slow_division(a[i], b[i])) << i;
+      for (int i = 0; i < kLanes; ++i)
+        slow |= static_cast<uint32_t>(needs_slow_division(a[i], b[i])) << i;
       set_predicate(w, o[0], slow, mask);
       break;
     }
@@ -1301,7 +1425,8 @@ void Machine::step(Warp& w, size_t at) {
         break;
       }
       const float* a = real(w, o[1], fa);
-      store(w, o[0], mask, 0, [&](int i) { return bits_of(static_cast<float>(rounded(a[i], in.rounding))); });
+      store(w, o[0], mask, 0,
+            [&](int i) { return bits_of(static_cast<float>(rounded(a[i], in.rounding))); });
       break;
     }
 
@@ -1342,7 +1467,8 @@ void Machine::step(Warp& w, size_t at) {
       break;
     }
 
-    // ---------------------------------------------------------------------------------- conversions
+    // ----------------------------------------------------------------------------------
+    // conversions
     case F2F: {
       if (in.to == kFloat64) {
         const float* a = real(w, o[1], fa);
@@ -1374,7 +1500,8 @@ void Machine::step(Warp& w, size_t at) {
       for (int i = 0; i < kLanes; ++i) da[i] = rounded(da[i], in.rounding);
       switch (in.to) {
         case kS64:
-          store_long(w, o[0], mask, [&](int i) { return static_cast<uint64_t>(saturated<int64_t>(da[i])); });
+          store_long(w, o[0], mask,
+                     [&](int i) { return static_cast<uint64_t>(saturated<int64_t>(da[i])); });
           break;
         case kU64:
           store_long(w, o[0], mask, [&](int i) { return saturated<uint64_t>(da[i]); });
@@ -1383,14 +1510,16 @@ void Machine::step(Warp& w, size_t at) {
           store(w, o[0], mask, 0, [&](int i) { return saturated<uint32_t>(da[i]); });
           break;
         case kS32:
-          store(w, o[0], mask, 0, [&](int i) { return static_cast<uint32_t>(saturated<int32_t>(da[i])); });
+          store(w, o[0], mask, 0,
+                [&](int i) { return static_cast<uint32_t>(saturated<int32_t>(da[i])); });
           break;
         default:
           wrong("a conversion of F2I");
       }
       break;
     }
-    case I2F: case I2FP: {
+    case I2F:
+    case I2FP: {
       long double v[kLanes];
       if (in.from == kS64 || in.from == kU64) {
         long_integer(w, o[1], la);
@@ -1402,11 +1531,20 @@ void Machine::step(Warp& w, size_t at) {
         const uint32_t* a = integer(w, o[1], ra);
         for (int i = 0; i < kLanes; ++i) {
           switch (in.from) {
-            case kU32: v[i] = a[i]; break;
-            case kU16: v[i] = a[i] & 0xffff; break;
-            case kU8: v[i] = a[i] & 0xff; break;
-            case kS32: v[i] = static_cast<int32_t>(a[i]); break;
-            default: wrong("a conversion of I2F");
+            case kU32:
+              v[i] = a[i];
+              break;
+            case kU16:
+              v[i] = a[i] & 0xffff;
+              break;
+            case kU8:
+              v[i] = a[i] & 0xff;
+              break;
+            case kS32:
+              v[i] = static_cast<int32_t>(a[i]);
+              break;
+            default:
+              wrong("a conversion of I2F");
           }
         }
       }
@@ -1417,7 +1555,9 @@ void Machine::step(Warp& w, size_t at) {
       }
       break;
     }
-    case HADD2: case HMUL2: case HFMA2: {
+    case HADD2:
+    case HMUL2:
+    case HFMA2: {
       float a[2][kLanes], b[2][kLanes], c[2][kLanes] = {};
       halves(w, o[1], a);
       halves(w, o[2], b);
@@ -1430,8 +1570,9 @@ void Machine::step(Warp& w, size_t at) {
         uint16_t out[2];
         for (int j = 0; j < 2; ++j) {
           const double product = static_cast<double>(a[j][i]) * b[j][i];
-          const double v = in.operation == HADD2 ? static_cast<double>(a[j][i]) + b[j][i]
-                           : in.operation == HMUL2 ? product : product + c[j][i];
+          const double v = in.operation == HADD2   ? static_cast<double>(a[j][i]) + b[j][i]
+                           : in.operation == HMUL2 ? product
+                                                   : product + c[j][i];
           out[j] = to_half(static_cast<float>(v));
         }
         return static_cast<uint32_t>(out[1]) << 16 | out[0];
@@ -1439,20 +1580,24 @@ void Machine::step(Warp& w, size_t at) {
       break;
     }
 
-    // ---------------------------------------------------------------------------------------- memory
-    case LDG: case LD: {
+    // ----------------------------------------------------------------------------------------
+    // memory
+    case LDG:
+    case LD: {
       addresses(w, o[1], mask, address);
       count_global(count, address, mask, in.bytes, false, true);
       load(w, in, o[0], mask, [&](int i) { return reinterpret_cast<const uint8_t*>(address[i]); });
       break;
     }
-    case STG: case ST: {
+    case STG:
+    case ST: {
       addresses(w, o[0], mask, address);
       count_global(count, address, mask, in.bytes, true, false);
       save(w, in, o[1], mask, [&](int i) { return reinterpret_cast<uint8_t*>(address[i]); });
       break;
     }
-    case REDG: case RED: {
+    case REDG:
+    case RED: {
       addresses(w, o[0], mask, address);
       count_global(count, address, mask, in.bytes, true, false);
       if (!(in.flags & kF32)) wrong("a reduction that is not of floats");
@@ -1465,7 +1610,8 @@ void Machine::step(Warp& w, size_t at) {
       }
       break;
     }
-    case ATOM: case ATOMG: {
+    case ATOM:
+    case ATOMG: {
       addresses(w, o[2], mask, address);
       count_global(count, address, mask, in.bytes, true, false);
       if (in.flags & kCas) wrong("a compare and swap");
@@ -1559,8 +1705,10 @@ extern "C" const char* sass_operations() {
 }
 
 extern "C" uint64_t sass_size(int which) {
-  return which == 0 ? sizeof(Operand) : which == 1 ? sizeof(Instruction)
-         : which == 2 ? sizeof(Count) : sizeof(Launch);
+  return which == 0   ? sizeof(Operand)
+         : which == 1 ? sizeof(Instruction)
+         : which == 2 ? sizeof(Count)
+                      : sizeof(Launch);
 }
 
 /// Returns nullptr, or what went wrong.
