@@ -565,8 +565,20 @@ def save(stored: dict[str, Any]) -> None:
     for part in ("rows", "torchvision"):
         rows = stored[part]
         stored[part] = {k: rows[k] for k in sorted(rows, key=lambda key: order[key.split()[0]])}
-    TABLE.write_text(json.dumps(stored, indent=1) + "\n")
+    TABLE.write_text(one_row_per_line(stored))
     PAGE.write_text(gpu_report.page(stored))
+
+
+def one_row_per_line(stored: dict[str, Any]) -> str:
+    """So that a change of a kernel is as many changed lines as there are rows of it."""
+    parts = []
+    for name, value in stored.items():
+        if name in {"rows", "torchvision", "static"}:
+            lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            parts.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
+        else:
+            parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main() -> int:
