@@ -164,19 +164,6 @@ class Program:
             self._code = made
         return self._code  # type: ignore[return-value]
 
-    @functools.cached_property
-    def blocks(self) -> list[int]:
-        """Index of the basic block of each instruction."""
-        starts = {self.labels[name] for name in self.labels}
-        for line in self.lines:
-            if line.operation in {"BRA", "EXIT", "RET", "CALL", "BSYNC", "BAR", "WARPSYNC"}:
-                starts.add(line.address + INSTRUCTION_BYTES)
-        number, numbers = -1, []
-        for line in self.lines:
-            number += line.address in starts or number < 0
-            numbers.append(number)
-        return numbers
-
 
 _INSTRUCTION = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P[T\d]+)\s+)?([A-Z][\w.]*)\s*([^;]*);"
