@@ -3,7 +3,7 @@
 
 ``parse`` turns a listing into :class:`Program` objects, ``run`` gives one to the interpreter of
 ``sass_machine.cpp`` and returns how often each instruction was issued and what memory it touched.
-An instruction that neither knows raises when it is parsed or when it runs; nothing is guessed.
+An instruction that it does not know is an error where it is reached; nothing is guessed.
 """
 
 from __future__ import annotations
