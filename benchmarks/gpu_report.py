@@ -197,8 +197,8 @@ def page(stored: dict[str, Any]) -> str:
     sample = ""
     if "sample_over_complete" in valid:
         sample = (
-            "* A small sample of the blocks of W3 forward in NCHW gives the instructions of all of its\n"
-            f"  blocks times {valid['sample_over_complete']:.3f}.\n"
+            "* A small sample of the blocks of W3 forward in NCHW gives the instructions of all\n"
+            f"  of its blocks times {valid['sample_over_complete']:.3f}.\n"
         )
     return _TEXT.format(
         nvcc=stored["nvcc"],
