@@ -884,6 +884,14 @@ std::vector<Site> reached_sites() { return sites().list(); }
 
 std::string skip_site(const std::string& name) { return sites().skip(name); }
 
+namespace {
+Launcher current_launcher = nullptr;
+}  // namespace
+
+void set_launcher(Launcher launcher) { current_launcher = launcher; }
+
+Launcher launcher() { return current_launcher; }
+
 void poison(void* memory, std::size_t bytes) { std::memset(memory, 0xff, bytes); }
 
 void fail(const std::string& what, const char* file, int line) {

@@ -120,6 +120,24 @@ std::vector<Site> reached_sites();
 /// reached_sites() is appended when the program ends.
 std::string skip_site(const std::string& name);
 
+/// One launch as its kernel would get it: parameter i has size[i] bytes, aligned to alignment[i].
+struct KernelLaunch {
+  const void* kernel;
+  unsigned grid[3];
+  unsigned block;
+  uint64_t shared_bytes;
+  uint64_t parameters;
+  const void* const* parameter;
+  const uint64_t* size;
+  const uint64_t* alignment;
+};
+
+/// Hands every launch from now on to `launcher` instead of running it here; nullptr ends that. It
+/// returns what went wrong, or nullptr. benchmarks/gpu_model.py runs the machine code this way.
+using Launcher = const char* (*)(const KernelLaunch* launch);
+void set_launcher(Launcher launcher);
+Launcher launcher();
+
 /// Fill memory with NaN (in every floating-point type of this package).
 void poison(void* memory, std::size_t bytes);
 
@@ -288,6 +306,25 @@ void launch(void (*kernel)(Parameters...), const dim3& grid, unsigned block,
     std::tuple<Parameters...> parameters;
   };
   Launch launch{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
+  if (const emulation::Launcher launcher = emulation::launcher()) {
+    constexpr std::size_t kCount = sizeof...(Parameters);
+    const void* parameter[kCount + 1] = {};
+    std::size_t next = 0;
+    std::apply([&](const auto&... value) { ((parameter[next++] = &value), ...); },
+               launch.parameters);
+    const uint64_t size[] = {sizeof(Parameters)..., 0};
+    const uint64_t alignment[] = {alignof(Parameters)..., 0};
+    const emulation::KernelLaunch described{reinterpret_cast<const void*>(kernel),
+                                            {grid.x, grid.y, grid.z},
+                                            block,
+                                            shared_bytes,
+                                            kCount,
+                                            parameter,
+                                            size,
+                                            alignment};
+    if (const char* wrong = launcher(&described)) throw emulation::EmulationError(wrong);
+    return;
+  }
   emulation::run(
       grid, block, shared_bytes,
       [](void* context) {

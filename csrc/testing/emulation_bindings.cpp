@@ -32,6 +32,13 @@ void bind_emulation(pybind11::module_& module) {
   module.def("emulation_skip_site", &emulation::skip_site, py::arg("name"),
              "Turn the barrier or wait at this place into nothing ('' for none); returns the place "
              "before.");
+  module.def(
+      "emulation_set_launcher",
+      [](uintptr_t address) {
+        emulation::set_launcher(reinterpret_cast<emulation::Launcher>(address));
+      },
+      py::arg("address"),
+      "Hands launches to the C function at this address (emulation::Launcher); 0 ends that.");
 }
 
 }  // namespace glimpse::testing
