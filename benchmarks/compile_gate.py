@@ -289,6 +289,11 @@ def faults(kernel: str, architecture: str, numbers: Kernel) -> list[str]:
     found = []
     if numbers.atomics or numbers.sass_atomics:
         found.append("it contains an atomic, so results depend on the order of threads")
+    if numbers.spill_stores or numbers.spill_loads or numbers.stack or numbers.sass_local:
+        found.append(
+            f"it has {numbers.stack} bytes of stack and spills {numbers.spill_stores} bytes; "
+            "__launch_bounds__ and what it keeps in registers do not go together"
+        )
     return [f"{kernel} [{architecture}]: {text}" for text in found]
 
 

@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kFrameThreads, 2)
 
 /// Block: a box. Thread: one output at a time, which is one sample of its cell.
 template <class T>
-__global__ void __launch_bounds__(kFrameThreads)
+__global__ void __launch_bounds__(kFrameThreads, 2)
     frames_chosen_kernel(GLIMPSE_GRID_CONSTANT FrameProblem problem) {
   using Number = acc_t<T>;
   GLIMPSE_SHARED(FrameBox<Number>, box, );

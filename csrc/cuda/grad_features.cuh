@@ -74,7 +74,7 @@ GLIMPSE_HD bool axis_reach(const Operator& op, const BoxAxis<T>& line, int32_t* 
 
 /// One thread: the footprint of one box.
 template <class Number>
-__global__ void __launch_bounds__(256) footprint_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
+__global__ void __launch_bounds__(256, 2) footprint_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
   const Footprints footprints(problem);
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   for (int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; k < problem.boxes; k += stride) {
@@ -888,7 +888,7 @@ __device__ __forceinline__ Number pixel_weight(const Operator& op, const BoxAxis
 /// Thread: one element of a gradient at a time; nothing is shared. The formula as it stands, and
 /// what the kernels above are compared with: they add the same numbers in the same order.
 template <class Number>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(256, sizeof(Number) == 8 ? 1 : 2)
     gather_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
   const Footprints footprints(problem);
   const bool nhwc = problem.layout == Layout::kNhwc;
