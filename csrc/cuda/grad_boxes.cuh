@@ -49,10 +49,14 @@ struct BoxSums {
   }
 };
 
-// Seven warps share 7 or 14 rows of cells evenly, and three such blocks leave 96 registers a
-// thread.
-constexpr int32_t kBoxWarps = 7;
+constexpr int32_t kBoxWarps = 8;  // of a block, at most
 constexpr int32_t kBoxThreads = 32 * kBoxWarps;
+// With tables. Five such blocks leave 96 registers a thread, and some compute while others build
+// their tables.
+constexpr int32_t kTableThreads = 128;
+/// Blocks of kTableThreads that share a multiprocessor.
+template <class Number>
+constexpr int32_t kTableBlocks = sizeof(Number) == 8 ? 3 : 5;
 
 /// Adds the sums of all threads of the block and writes row k of the result. Called by all threads;
 /// a barrier inside. `axis` as in Tables; null: the box reads nothing.
@@ -159,7 +163,7 @@ __device__ __forceinline__ void add_without_tables(const Problem& problem, int64
 
 /// Block: a box. Thread: every kBoxThreads-th element of its pooled gradient.
 template <class T>
-__global__ void __launch_bounds__(kBoxThreads, 2)
+__global__ void __launch_bounds__(kBoxThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
     grad_boxes_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
   using Number = acc_t<T>;
   GLIMPSE_SHARED(Box<Number>, box, );
@@ -222,7 +226,7 @@ __device__ __forceinline__ void add_slope_columns(const Tables<float>& tables, c
 /// finds the pixels it shares with this one in L1. Lane: kChannels channels; tables are the same in
 /// all lanes.
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kBoxThreads, 3)
+__global__ void __launch_bounds__(kTableThreads, kTableBlocks<float>)
     grad_boxes_nhwc_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                            GLIMPSE_GRID_CONSTANT TableShape shape) {
   using Grad = pooled_t<T>;
@@ -297,7 +301,7 @@ struct CellsPlan {
 /// neighbouring pixels of a channel; what one cell reads of the tables serves all its channels,
 /// whose loads are under way together.
 template <class T, int kTogether>
-__global__ void __launch_bounds__(kBoxThreads, sizeof(acc_t<T>) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kTableThreads, kTableBlocks<acc_t<T>>)
     grad_boxes_cells_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                             GLIMPSE_GRID_CONSTANT CellsPlan plan) {
   using Number = acc_t<T>;
