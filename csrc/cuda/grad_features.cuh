@@ -7,6 +7,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/split.cuh"
 #include "cuda/tables.cuh"
 #include "half.h"
 #include "problem.h"
@@ -234,17 +235,6 @@ struct GatherPlan {
   int32_t x_offset, weight_bytes;  // of TileWeights
   bool prepared;                   // the rows of boxes are in the workspace
 };
-
-/// Quotient and remainder. Nearly all indices fit in 32 bits, where dividing is 4 times cheaper.
-__device__ __forceinline__ int64_t split(int64_t index, int32_t by, int32_t* remainder) {
-  if (index >> 32 == 0) {
-    const uint32_t quotient = static_cast<uint32_t>(index) / static_cast<uint32_t>(by);
-    *remainder = static_cast<int32_t>(static_cast<uint32_t>(index) - quotient * by);
-    return quotient;
-  }
-  *remainder = static_cast<int32_t>(index % by);
-  return index / by;
-}
 
 /// Which tile this block owns. Kept in shared memory: held in registers all the time it would cost
 /// those that the sums need.

@@ -6,6 +6,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/split.cuh"
 #include "half.h"
 #include "paste_problem.h"
 
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(kPasteThreads, sizeof(acc_t<T>) == 8 ? 3 : 4)
     const int64_t begin = pack * kCells;  // the first pixel
     if (begin >= end) break;
     const int64_t from = begin < first ? first : begin;
-    const int64_t row = (from - first) / problem.width;
-    const auto column = static_cast<int32_t>(from - first - row * problem.width);
+    int32_t column;
+    const int64_t row = split(from - first, problem.width, &column);
     Out out[kPasteCells<Out>];
     paste_cells<T, Out>(problem, window, mask, store, static_cast<int32_t>(row), column, out);
     if (begin >= first && begin + kCells <= end) {

@@ -436,20 +436,19 @@ __device__ __forceinline__ void add_window_columns(const char* window, const Tap
   }
 }
 
-/// Copies kChannels channels of one pixel, `step` elements and `apart` floats apart, to a window of
+/// Copies kChannels channels of one pixel, `step` elements and kApart floats apart, to a window of
 /// float. Float goes by asynchronous copies; other types are all loaded, then converted.
-template <int kChannels, class T>
-__device__ __forceinline__ void stage_channels(float* target, const T* source, int64_t step,
-                                               int32_t apart) {
+template <int kChannels, int kApart, class T>
+__device__ __forceinline__ void stage_channels(float* target, const T* source, int64_t step) {
   if constexpr (std::is_same_v<T, float>) {
     GLIMPSE_UNROLL
-    for (int i = 0; i < kChannels; ++i) copy_async4(target + i * apart, source + i * step);
+    for (int i = 0; i < kChannels; ++i) copy_async4(target + i * kApart, source + i * step);
   } else {
     Pack<T, 1> value[kChannels];
     GLIMPSE_UNROLL
     for (int i = 0; i < kChannels; ++i) value[i] = Pack<T, 1>::load(source + i * step);
     GLIMPSE_UNROLL
-    for (int i = 0; i < kChannels; ++i) value[i].unpack(target + i * apart);
+    for (int i = 0; i < kChannels; ++i) value[i].unpack(target + i * kApart);
   }
 }
 
@@ -559,15 +558,14 @@ __global__ void __launch_bounds__(kNchwThreads, 3)
   auto* window = reinterpret_cast<float*>(shared + plan.window);
   float* tile = window + pixels * pitch;
   // Half of a warp stages one channel of 16 pixels, the other half the next channel. A warp takes
-  // every `pairs`-th pair: more channels for the price of finding a pixel when that is few, more
-  // even work for all warps when it is many.
-  const int32_t pairs = chunk < 8 ? chunk / 2 : 4;
-  const int32_t staged_channel = warp % pairs * 2 + lane / 16;
-  const int32_t channel_step = 2 * pairs;
-  const int32_t first_pixel = warp / pairs * 16 + lane % 16;
-  const int32_t pixel_step = kWarps / pairs * 16;
+  // every kPairs-th pair: more channels for the price of finding a pixel were it fewer, more even
+  // work for all warps were it more.
+  constexpr int32_t kPairs = 2, kChannelStep = 2 * kPairs;
+  const int32_t staged_channel = warp % kPairs * 2 + lane / 16;
+  const int32_t first_pixel = warp / kPairs * 16 + lane % 16;
+  constexpr int32_t kPixelStep = kWarps / kPairs * 16;
   const detail::GridStep first_place(first_pixel, lines_x > 0 ? lines_x : 1);
-  const detail::GridStep place_step(pixel_step, lines_x > 0 ? lines_x : 1);
+  const detail::GridStep place_step(kPixelStep, lines_x > 0 ? lines_x : 1);
   // Lanes of a cell are pairs of channels. Cells are taken column by column: those of a warp share
   // their taps along x, so that they branch alike.
   const int32_t lanes_log2 = chunk_log2 - 1;
@@ -581,22 +579,22 @@ __global__ void __launch_bounds__(kNchwThreads, 3)
     const int32_t live = left < chunk ? left : chunk;
     if (pixels > 0) {
       const T* first_source = image + (chunk_first + staged_channel) * level.stride_c;
-      const int64_t step = channel_step * level.stride_c;
+      const int64_t step = kChannelStep * level.stride_c;
       detail::GridStep place = first_place;
-      for (int32_t pixel = first_pixel; pixel < pixels; pixel += pixel_step) {
+      for (int32_t pixel = first_pixel; pixel < pixels; pixel += kPixelStep) {
         const T* source = first_source + (line[place.y] + line[lines_y + place.x]);
         float* target = window + pixel * pitch + staged_channel;
         int32_t c = staged_channel;
         GLIMPSE_NO_UNROLL
-        for (; c + 3 * channel_step < live; c += 4 * channel_step) {
-          stage_channels<4>(target, source, step, channel_step);
-          target += 4 * channel_step;
+        for (; c + 3 * kChannelStep < live; c += 4 * kChannelStep) {
+          stage_channels<4, kChannelStep>(target, source, step);
+          target += 4 * kChannelStep;
           source += 4 * step;
         }
         GLIMPSE_NO_UNROLL
-        for (; c < live; c += channel_step) {
-          stage_channels<1>(target, source, step, channel_step);
-          target += channel_step;
+        for (; c < live; c += kChannelStep) {
+          stage_channels<1, kChannelStep>(target, source, step);
+          target += kChannelStep;
           source += step;
         }
         place.add(place_step, lines_x);
@@ -645,11 +643,24 @@ __global__ void __launch_bounds__(kNchwThreads, 3)
         }
       }
       __syncthreads();
-      for (int32_t c = warp; c < live; c += kWarps) {
-        T* target =
-            pooled + static_cast<int64_t>(chunk_first + c) * cells + batch_y * cells_x + batch_x;
-        for (int32_t i = lane; i < batch_cells; i += 32) {
-          target[i] = Store<T>::from(tile[c * tile_pitch + i]);
+      if (tile_pitch == cells) {  // a tile without padding is what the results look like
+        T* target = pooled + static_cast<int64_t>(chunk_first) * cells;
+        GLIMPSE_NO_UNROLL
+        for (int32_t i = thread; i < live * cells; i += kNchwThreads) {
+          target[i] = Store<T>::from(tile[i]);
+        }
+      } else {
+        const float* own_tile = tile + warp * tile_pitch + lane;
+        T* target = pooled + static_cast<int64_t>(chunk_first + warp) * cells + batch_y * cells_x +
+                    batch_x + lane;
+        GLIMPSE_NO_UNROLL
+        for (int32_t c = warp; c < live; c += kWarps) {
+          GLIMPSE_NO_UNROLL
+          for (int32_t i = 0; i < batch_cells - lane; i += 32) {
+            target[i] = Store<T>::from(own_tile[i]);
+          }
+          own_tile += kWarps * tile_pitch;
+          target += int64_t{kWarps} * cells;
         }
       }
       batch_x += own_columns;
