@@ -66,7 +66,7 @@ __device__ __forceinline__ void paste_cells(const PasteProblem& problem,
 /// Block: 16 KB of the image of one mask. Thread: packs of 16 bytes, aligned in memory, neighbours
 /// in a warp; the packs that images share are written pixel by pixel.
 template <class T, class Out>
-__global__ void __launch_bounds__(kPasteThreads, sizeof(acc_t<T>) == 8 ? 3 : 4)
+__global__ void __launch_bounds__(kPasteThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
     paste_kernel(GLIMPSE_GRID_CONSTANT PasteProblem problem, GLIMPSE_GRID_CONSTANT PastePlan plan) {
   using Number = acc_t<T>;
   constexpr int64_t kCells = kPasteCells<Out>;

@@ -28,7 +28,8 @@ namespace glimpse::cuda {
 /// One thread: output elements `index`, `index + all threads`, ...
 /// Walks the samples of the cell in both directions; nothing is shared.
 template <class T>
-__global__ void __launch_bounds__(256) sample_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
+__global__ void __launch_bounds__(256, sizeof(acc_t<T>) == 8 ? 2 : 3)
+    sample_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
   using Number = acc_t<T>;
   const int64_t cells = int64_t{problem.out_height} * problem.out_width;
   const int64_t box_outputs = problem.channels * cells;
