@@ -161,11 +161,12 @@ __device__ __forceinline__ void add_columns(const typename Pack<T, kChannels>::W
   GLIMPSE_NO_UNROLL
   for (; tap_y != end_y; ++tap_y) {
     const Tap<float> tap = *tap_y;
-    // A pointer for the row leaves one operation for the address of each tap.
-    const auto* row = image + static_cast<uint64_t>(static_cast<uint32_t>(tap.pixel)) * pitch_y;
     Pack<T, kChannels> pixel[kTaps];
     GLIMPSE_UNROLL
-    for (int j = 0; j < kTaps; ++j) pixel[j] = {load_readonly(row + offset[j])};
+    for (int j = 0; j < kTaps; ++j) {
+      const uint32_t packs = static_cast<uint32_t>(tap.pixel) * pitch_y + offset[j];
+      pixel[j] = {load_readonly(image + packs)};
+    }
     float row_sum[kChannels] = {};
     GLIMPSE_UNROLL
     for (int j = 0; j < kTaps; ++j) {
