@@ -51,6 +51,7 @@ WORK = [
     Work("many_rows_adaptive", 12, (20, 31), 0, boxes=3),
     Work("many_large_outputs", 2, (90, 40), 1, boxes=14, batch=1),
     Work("larger_output", 3, (1030, 2), 1, boxes=2, batch=1),
+    Work("wide_output", 12, (2, 70), 2, boxes=4),
     Work("many_boxes", 8, (2, 2), 2, levels=((30, 34),), boxes=300),
     Work("pyramid", 34, (7, 7), 2, levels=((40, 44), (20, 22), (10, 11), (5, 6)), boxes=20),
     Work("pyramid_adaptive", 9, (3, 4), 0, levels=((33, 48), (17, 24), (9, 12)), boxes=40),

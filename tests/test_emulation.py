@@ -70,6 +70,49 @@ def test_kernels_do_not_depend_on_the_order_of_threads(
 
 @pytest.mark.usefixtures("hostile_memory")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_boxes_that_read_nothing_change_no_bit_of_a_gradient(
+    dtype: torch.dtype, layout: str
+) -> None:
+    """Few boxes find their rows prepared in the workspace; for so many, tiles build them."""
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    unit = random_tensor((9, 4), precision, "prepared boxes") / 2 + 0.5
+    boxes = torch.cat([torch.zeros(9, 1), unit[:, :2] * 12, unit[:, :2] * 12 + unit[:, 2:] * 14], 1)
+    nothing = torch.tensor([7.0, 0, 0, 5, 5]).expand(2500, 5)  # there is one image
+    backend = _testing.use_backend("emulated")
+    try:
+        grads = []
+        for rows in (boxes, torch.cat([boxes, nothing])):
+            image = torch.zeros(1, 4, 19, 21, dtype=dtype)
+            image = arrange(image, layout).requires_grad_()
+            pooled = glimpse_ext.roi_align(image, rows.to(precision), 7, 1.0, 2, aligned=True)
+            up = torch.zeros_like(pooled)
+            up[:9] = random_tensor((9, 4, 7, 7), dtype, "prepared up")
+            grads.append(torch.autograd.grad(pooled, image, up)[0])
+    finally:
+        _testing.use_backend(backend)
+    assert grads[0].abs().max() > 0
+    assert torch.equal(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [8, 16, 1096])
+def test_points_in_packs_are_points_one_by_one(channels: int, dtype: torch.dtype) -> None:
+    """Packs of channels, more than a block has lanes, and the kernel without packs: one result."""
+    image = random_tensor((2, channels, 9, 11), dtype, "points")
+    points = random_tensor((2, 5, 2), torch.float32, "points") * 8 + 4
+    points[0, 0] = torch.nan
+    backend = _testing.use_backend("emulated")
+    try:
+        one_by_one = glimpse_ext.point_sample(image, points)
+        packs = glimpse_ext.point_sample(arrange(image, "channels_last"), points)
+    finally:
+        _testing.use_backend(backend)
+    assert torch.equal(one_by_one, packs)
+
+
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("noise", ["zero", "uniform", "gaussian"])
 def test_glimpses_do_not_depend_on_the_order_of_threads(noise: str, layout: str) -> None:
     """Copies and the statistics behind their noise: the bits of the CPU in every order."""

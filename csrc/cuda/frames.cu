@@ -79,7 +79,7 @@ void pool(const FrameProblem& problem) {
 
 template <class T, bool kMaximum>
 void pool_layout(const FrameProblem& problem) {
-  constexpr int kWide = sizeof(T) == 1 ? 1 : sizeof(T) == 2 ? 4 : 16 / sizeof(T);
+  constexpr int kWide = sizeof(T) == 1 ? 1 : 16 / sizeof(T);
   if constexpr (kWide > 1) {
     if (packs_channels<T, kWide>(problem)) return pool<T, kWide, kMaximum>(problem);
   }
@@ -99,13 +99,17 @@ void grad_features_tiles(const FrameProblem& problem) {
   const int64_t tiles =
       int64_t{(map.width - 1) / kTileWidth + 1} * ((map.height - 1) / kTileHeight + 1);
   const int64_t slices = (problem.channels - 1) / kTileChannels<acc_t<T>, kChosen> + 1;
-  if (tiles > kMostGridX || problem.batch > kMostGridY || slices > kMostGridY) {
+  if (tiles > kMostGridX || slices > kMostGridY) {
     throw std::invalid_argument("glimpse_ext: the map has more tiles than a grid has blocks");
   }
-  launch(frames_grad_features_kernel<T, kChosen>,
-         dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(problem.batch),
-              static_cast<unsigned>(slices)),
-         kFrameThreads, 0, stream_of(problem), problem);
+  for (int64_t first_image = 0; first_image < problem.batch; first_image += kMostGridY) {
+    const int64_t left = problem.batch - first_image;
+    launch(frames_grad_features_kernel<T, kChosen>,
+           dim3(static_cast<unsigned>(tiles),
+                static_cast<unsigned>(left < kMostGridY ? left : kMostGridY),
+                static_cast<unsigned>(slices)),
+           kFrameThreads, 0, stream_of(problem), problem, first_image);
+  }
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/split.cuh"
 #include "cuda/tables.cuh"
 #include "frame_problem.h"
 #include "half.h"
@@ -255,7 +256,7 @@ __global__ void __launch_bounds__(kFrameThreads, 2)
   const int64_t first = static_cast<int64_t>(blockIdx.y) * plan.channels_per_block;
   const int64_t left = problem.channels - first;
   const int64_t channels = left < plan.channels_per_block ? left : plan.channels_per_block;
-  const int64_t packs = channels / kChannels;
+  const auto packs = static_cast<int32_t>(channels / kChannels);
   const int32_t cells_x = problem.out_width;
   const int64_t cells = int64_t{problem.out_height} * cells_x;
   const FrameStrides strides(problem);
@@ -265,8 +266,11 @@ __global__ void __launch_bounds__(kFrameThreads, 2)
   const Number factor = box.reads ? frame_factor(box.frame) : Number(0);
   for (int64_t i = threadIdx.x; i < packs * cells; i += blockDim.x) {
     const bool nhwc = problem.layout == Layout::kNhwc;
-    const int64_t channel = first + (nhwc ? i % packs : i / cells) * kChannels;
-    const auto cell = static_cast<int32_t>(nhwc ? i / packs : i % cells);
+    int32_t inner;  // a pack of channels in kNhwc, a cell in kNchw
+    const auto outer =
+        static_cast<int32_t>(split(i, nhwc ? packs : static_cast<int32_t>(cells), &inner));
+    const int64_t channel = first + int64_t{nhwc ? inner : outer} * kChannels;
+    const int32_t cell = nhwc ? outer : inner;
     const int32_t cell_y = cell / cells_x, cell_x = cell - cell_y * cells_x;
     FrameReduction<T, kChannels, kMaximum> sum;
     if (box.reads) {
@@ -324,7 +328,7 @@ __global__ void __launch_bounds__(kFrameThreads, 2)
 
 /// Block: a box. Thread: one output at a time, which is one sample of its cell.
 template <class T>
-__global__ void __launch_bounds__(kFrameThreads)
+__global__ void __launch_bounds__(kFrameThreads, 2)
     frames_chosen_kernel(GLIMPSE_GRID_CONSTANT FrameProblem problem) {
   using Number = acc_t<T>;
   GLIMPSE_SHARED(FrameBox<Number>, box, );

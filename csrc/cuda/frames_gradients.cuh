@@ -198,10 +198,10 @@ __device__ __forceinline__ int32_t list_cells(const FrameProblem& problem, const
   return count;
 }
 
-/// Grid: (tiles, images, slices of channels). See Note [Gather on frames].
+/// Grid: (tiles, images from first_image on, slices of channels). See Note [Gather on frames].
 template <class T, bool kChosen>
 __global__ void __launch_bounds__(kFrameThreads, 1)
-    frames_grad_features_kernel(GLIMPSE_GRID_CONSTANT FrameProblem problem) {
+    frames_grad_features_kernel(GLIMPSE_GRID_CONSTANT FrameProblem problem, int64_t first_image) {
   using Number = acc_t<T>;
   using Entry = CellWeight<Number>;
   constexpr int kOwned = kTileOwned<Number, kChosen>;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kFrameThreads, 1)
   const int32_t end_y = first_y + kTileHeight < map.height ? first_y + kTileHeight : map.height;
   const int32_t end_x = first_x + kTileWidth < map.width ? first_x + kTileWidth : map.width;
   const int32_t pixel_y = first_y + lane / kTileWidth, pixel_x = first_x + lane % kTileWidth;
-  const int64_t image = blockIdx.y;
+  const int64_t image = first_image + blockIdx.y;
   const int64_t first_channel = static_cast<int64_t>(blockIdx.z) * kTileChannels<Number, kChosen>;
   const bool nhwc = problem.layout == Layout::kNhwc;
   // What this thread owns: in kNchw one pixel in kOwned channels, in kNhwc one or two channels of

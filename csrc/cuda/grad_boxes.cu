@@ -47,7 +47,8 @@ void grad_boxes_nhwc(const Problem& problem) {
   const TableShape shape = slope_table_shape<float>(problem);
   const int64_t slices = (problem.channels + 32 * kChannels - 1) / (32 * kChannels);
   const int64_t tasks = slices * problem.out_height;
-  const auto warps = static_cast<unsigned>(tasks < kBoxWarps ? tasks : kBoxWarps);
+  constexpr int64_t kMostWarps = kTableThreads / 32;
+  const auto warps = static_cast<unsigned>(tasks < kMostWarps ? tasks : kMostWarps);
   launch(grad_boxes_nhwc_kernel<T, kChannels>, dim3(static_cast<unsigned>(problem.boxes)),
          32 * warps, shape.bytes<float, true>(), static_cast<Stream>(problem.stream), problem,
          shape);
@@ -64,7 +65,7 @@ void grad_boxes_cells(const Problem& problem) {
     --plan.cell_lanes_log2;
   }
   launch(grad_boxes_cells_kernel<T, kTogether>, dim3(static_cast<unsigned>(problem.boxes)),
-         kBoxThreads, plan.tables.bytes<acc_t<T>, true>(), static_cast<Stream>(problem.stream),
+         kTableThreads, plan.tables.bytes<acc_t<T>, true>(), static_cast<Stream>(problem.stream),
          problem, plan);
 }
 

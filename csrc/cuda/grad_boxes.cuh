@@ -49,8 +49,14 @@ struct BoxSums {
   }
 };
 
-constexpr int32_t kBoxWarps = 8;
+constexpr int32_t kBoxWarps = 8;  // of a block, at most
 constexpr int32_t kBoxThreads = 32 * kBoxWarps;
+// With tables. Five such blocks leave 96 registers a thread, and some compute while others build
+// their tables.
+constexpr int32_t kTableThreads = 128;
+/// Blocks of kTableThreads that share a multiprocessor.
+template <class Number>
+constexpr int32_t kTableBlocks = sizeof(Number) == 8 ? 3 : 5;
 
 /// Adds the sums of all threads of the block and writes row k of the result. Called by all threads;
 /// a barrier inside. `axis` as in Tables; null: the box reads nothing.
@@ -104,27 +110,37 @@ struct PooledStrides {
 
 // ------------------------------------------------------------------------------------------ simple
 
-/// The sums of this thread over every blockDim.x-th element of the pooled gradient of box k.
+/// The sums of this thread over every blockDim.x-th element of the pooled gradient of box k, of the
+/// cells that can reach the map: a mask that is pasted reaches few of the pixels of an image.
+/// `axis` is read where it is, because copies of it would cost registers.
 template <class T>
 __device__ __forceinline__ void add_without_tables(const Problem& problem, int64_t k, int64_t image,
                                                    int32_t level_index,
                                                    const BoxAxis<acc_t<T>>* axis,
                                                    BoxSums<acc_t<T>>* sums) {
   using Number = acc_t<T>;
-  const BoxAxis<Number> along_y = axis[kY], along_x = axis[kX];
-  const Number factor_y = sample_factor(along_y.axis), factor_x = sample_factor(along_x.axis);
+  const BoxAxis<Number>&along_y = axis[kY], &along_x = axis[kX];
+  const auto reached = [&](const BoxAxis<Number>& line) {
+    return cells_reaching(problem.op, line.axis, {0, line.cells}, 0, line.size - 1, line.size);
+  };
+  const Cells rows = reached(along_y), columns = reached(along_x);
+  const int32_t width = columns.end - columns.first;
   const Level& level = problem.level[level_index];
   const PooledStrides strides(problem);
   const auto* grad = static_cast<const pooled_t<T>*>(problem.pooled) + k * strides.box;
-  const int64_t cells = int64_t{along_y.cells} * along_x.cells;
+  const int64_t cells = int64_t{rows.end - rows.first} * width;
+  GLIMPSE_NO_UNROLL
   for (int64_t i = threadIdx.x; i < problem.channels * cells; i += blockDim.x) {
     const int64_t channel = i / cells;
-    const int64_t cell = i - channel * cells;
+    const int64_t place = i - channel * cells;
+    const auto row = static_cast<int32_t>(place / width);
+    const int32_t cell_y = rows.first + row;
+    const int32_t cell_x = columns.first + static_cast<int32_t>(place - int64_t{row} * width);
+    const int64_t cell = int64_t{cell_y} * along_x.cells + cell_x;
     const Number g = load_value(grad[channel * strides.channel + cell * strides.cell]);
     const T* plane =
         static_cast<const T*>(level.data) + image * level.stride_n + channel * level.stride_c;
-    const auto cell_y = static_cast<int32_t>(cell / along_x.cells);
-    const auto cell_x = static_cast<int32_t>(cell - int64_t{cell_y} * along_x.cells);
+    const Number factor_y = sample_factor(along_y.axis), factor_x = sample_factor(along_x.axis);
     for_each_tap(
         problem.op, along_y.axis, cell_y, 0, along_y.size - 1, along_y.size,
         [&](int32_t y, Number weight_y, Number slope_y, Number progress_y) {
@@ -145,9 +161,9 @@ __device__ __forceinline__ void add_without_tables(const Problem& problem, int64
   }
 }
 
-/// Block: a box. Thread: every 256th element of its pooled gradient.
+/// Block: a box. Thread: every kBoxThreads-th element of its pooled gradient.
 template <class T>
-__global__ void __launch_bounds__(kBoxThreads)
+__global__ void __launch_bounds__(kBoxThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
     grad_boxes_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
   using Number = acc_t<T>;
   GLIMPSE_SHARED(Box<Number>, box, );
@@ -164,8 +180,7 @@ __global__ void __launch_bounds__(kBoxThreads)
   write_box(problem, k, box.level >= 0 ? axis : nullptr, sums);
 }
 
-// ------------------------------------------------------------------------------- lanes are
-// channels
+// ----------------------------------------------------------------------------- lanes are channels
 
 /// Adds kTaps neighbouring taps of an x row: they stay in registers while all rows of pixels pass.
 /// `image` points at the first channel of this lane, `grad` holds its pooled gradient of the cell.
@@ -211,7 +226,7 @@ __device__ __forceinline__ void add_slope_columns(const Tables<float>& tables, c
 /// finds the pixels it shares with this one in L1. Lane: kChannels channels; tables are the same in
 /// all lanes.
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kBoxThreads, 3)
+__global__ void __launch_bounds__(kTableThreads, kTableBlocks<float>)
     grad_boxes_nhwc_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                            GLIMPSE_GRID_CONSTANT TableShape shape) {
   using Grad = pooled_t<T>;
@@ -273,8 +288,7 @@ __global__ void __launch_bounds__(kBoxThreads, 3)
   write_box(problem, k, tables.level >= 0 ? tables.axis : nullptr, sums);
 }
 
-// ---------------------------------------------------------------------------------- lanes are
-// cells
+// -------------------------------------------------------------------------------- lanes are cells
 
 /// How grad_boxes_cells_kernel divides a warp: 1 << cell_lanes_log2 neighbouring lanes are
 /// neighbouring cells, the groups of such lanes are groups of channels.
@@ -287,7 +301,7 @@ struct CellsPlan {
 /// neighbouring pixels of a channel; what one cell reads of the tables serves all its channels,
 /// whose loads are under way together.
 template <class T, int kTogether>
-__global__ void __launch_bounds__(kBoxThreads, sizeof(acc_t<T>) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kTableThreads, kTableBlocks<acc_t<T>>)
     grad_boxes_cells_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                             GLIMPSE_GRID_CONSTANT CellsPlan plan) {
   using Number = acc_t<T>;

@@ -26,6 +26,7 @@ dim3 blocks_of_256(int64_t items) {
 template <class Tile>
 GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* blocks) {
   GatherPlan plan = {};
+  plan.prepared = prepares_rows<typename Tile::Number>(problem);
   plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
   int64_t tiles = 0;
   for (int32_t l = 0; l < problem.levels; ++l) {
@@ -141,6 +142,15 @@ void gather_nchw(const Problem& problem) {
 }
 
 template <class Number>
+void prepare(const Problem& problem) {
+  const bool rows = prepares_rows<Number>(problem);
+  const int64_t box_rows = rows ? int64_t{problem.out_height} + problem.out_width : 1;
+  launch(rows ? prepare_kernel<Number, true> : prepare_kernel<Number, false>,
+         blocks_of_256(problem.boxes * box_rows), kPrepareThreads, 0,
+         static_cast<Stream>(problem.stream), problem);
+}
+
+template <class Number>
 void gather_simple(const Problem& problem) {
   int64_t most = 0;
   for (int32_t l = 0; l < problem.levels; ++l) {
@@ -154,15 +164,17 @@ void gather_simple(const Problem& problem) {
 
 }  // namespace
 
-size_t grad_features_workspace(const Problem& problem) { return Footprints::bytes(problem); }
+size_t grad_features_workspace(const Problem& problem) {
+  return problem.dtype == Dtype::kFloat64 ? prepared_bytes<double>(problem)
+                                          : prepared_bytes<float>(problem);
+}
 
 void grad_features(const Problem& problem) {
   if (problem.dtype == Dtype::kUInt8) {
     throw std::invalid_argument("glimpse_ext: integer features have no gradient");
   }
   const bool wide = problem.dtype == Dtype::kFloat64;
-  launch(wide ? footprint_kernel<double> : footprint_kernel<float>, blocks_of_256(problem.boxes),
-         256, 0, static_cast<Stream>(problem.stream), problem);
+  wide ? prepare<double>(problem) : prepare<float>(problem);
   if (int64_t{problem.out_height} * problem.out_width > kMostCells ||
       problem.boxes > kMostGatherBoxes) {
     return wide ? gather_simple<double>(problem) : gather_simple<float>(problem);

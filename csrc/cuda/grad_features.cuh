@@ -3,14 +3,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/device.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/split.cuh"
+#include "cuda/tables.cuh"
 #include "half.h"
 #include "problem.h"
 
-/// features = Ay^T * pooled gradient * Ax, summed over boxes. Two launches: the pixels that each
-/// box reads (footprint_kernel), then one of
+/// features = Ay^T * pooled gradient * Ax, summed over boxes. Two launches: what tiles need to know
+/// of each box (prepare_kernel), then one of
 ///
 ///   gather_nhwc_kernel    lanes are neighbouring channels and read gradients with wide loads
 ///   gather_nchw_kernel    gradients are staged in shared memory, lanes are channels
@@ -35,7 +38,16 @@ struct alignas(16) Footprint {
   int32_t first_y, last_y, first_x, last_x;
 };
 
-/// What the first kernel leaves for the second: 24 bytes a box, in Problem::workspace.
+/// The merged taps of one cell along one axis, as build_row gives them. Unused ones have pixel -1.
+template <class Number>
+struct alignas(16) PreparedRow {
+  static constexpr int32_t kTaps = 4;  // of two samples
+  Tap<Number> tap[kTaps];
+};
+
+/// What the first kernel leaves for the second, in Problem::workspace: 24 bytes a box, and the rows
+/// of its cells where they are short and few (prepares_rows). A box meets several tiles and several
+/// slices of channels, and each of them would build the rows again.
 struct Footprints {
   Footprint* area;
   int64_t* map;  // image * levels + level; -1: the box reads nothing, and its area is undefined
@@ -47,7 +59,35 @@ struct Footprints {
   GLIMPSE_HD static size_t bytes(const Problem& problem) {
     return static_cast<size_t>(problem.boxes) * (sizeof(Footprint) + sizeof(int64_t));
   }
+
+  /// [boxes][rows of y, rows of x], behind the others.
+  template <class Number>
+  GLIMPSE_HD static PreparedRow<Number>* rows(const Problem& problem) {
+    return reinterpret_cast<PreparedRow<Number>*>(static_cast<char*>(problem.workspace) +
+                                                  (bytes(problem) + 15) / 16 * 16);
+  }
 };
+
+/// Whether rows are prepared: from sizes alone.
+template <class Number>
+bool prepares_rows(const Problem& problem) {
+  constexpr int64_t kMostBytes = 1 << 20;  // of the workspace
+  const int64_t row_taps = 2 * int64_t{problem.op.fixed_samples()};
+  const int64_t box_rows = int64_t{problem.out_height} + problem.out_width;
+  const int64_t box_bytes = 24 + box_rows * static_cast<int64_t>(sizeof(PreparedRow<Number>));
+  return row_taps > 0 && row_taps <= PreparedRow<Number>::kTaps &&
+         problem.boxes <= (kMostBytes - 16) / box_bytes;
+}
+
+/// Bytes of the workspace.
+template <class Number>
+size_t prepared_bytes(const Problem& problem) {
+  const size_t footprints = Footprints::bytes(problem);
+  if (!prepares_rows<Number>(problem)) return footprints;
+  const size_t box_rows = static_cast<size_t>(problem.out_height) + problem.out_width;
+  return (footprints + 15) / 16 * 16 +
+         static_cast<size_t>(problem.boxes) * box_rows * sizeof(PreparedRow<Number>);
+}
 
 /// First and last pixel that an axis can read; false if there is none. Positions are monotone in
 /// cell and sample, so the two outermost samples bound all others. If either is NaN then no
@@ -72,13 +112,35 @@ GLIMPSE_HD bool axis_reach(const Operator& op, const BoxAxis<T>& line, int32_t* 
   return true;
 }
 
-/// One thread: the footprint of one box.
-template <class Number>
-__global__ void __launch_bounds__(256) footprint_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
+constexpr int32_t kPrepareThreads = 256;
+
+/// One thread: the footprint of one box; or one row of a box, and the footprint if it is the first.
+template <class Number, bool kRows>
+__global__ void __launch_bounds__(kPrepareThreads, 2)
+    prepare_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
+  GLIMPSE_SHARED(PreparedRow<Number>, built, [kRows ? kPrepareThreads : 1]);
   const Footprints footprints(problem);
+  const int32_t box_rows = kRows ? problem.out_height + problem.out_width : 1;
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; k < problem.boxes; k += stride) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < problem.boxes * box_rows;
+       i += stride) {
+    const int64_t k = i / box_rows;
+    const auto row = static_cast<int32_t>(i - k * box_rows);
     const Box<Number> box = read_box<Number>(problem, k);
+    if constexpr (kRows) {
+      if (box.level >= 0) {
+        PreparedRow<Number>& own = built[threadIdx.x];
+        GLIMPSE_UNROLL
+        for (int32_t j = 0; j < PreparedRow<Number>::kTaps; ++j) own.tap[j] = {-1, Number(0)};
+        const int32_t direction = row < problem.out_height ? kY : kX;
+        const int32_t cell = direction == kY ? row : row - problem.out_height;
+        const BoxAxis<Number> line = box_axis(problem, box, direction);
+        detail::RowWriter<Number, false> writer{own.tap, nullptr, PreparedRow<Number>::kTaps, 0};
+        build_row(problem.op, line.axis, line.weighting, cell, line.size, writer);
+        Footprints::rows<Number>(problem)[i] = own;
+      }
+    }
+    if (row > 0) continue;
     int64_t map = -1;
     if (box.level >= 0) {
       Footprint area;
@@ -171,18 +233,8 @@ struct GatherPlan {
   // taken one by one.
   int32_t cells_y, cells_x;
   int32_t x_offset, weight_bytes;  // of TileWeights
+  bool prepared;                   // the rows of boxes are in the workspace
 };
-
-/// Quotient and remainder. Nearly all indices fit in 32 bits, where dividing is 4 times cheaper.
-__device__ __forceinline__ int64_t split(int64_t index, int32_t by, int32_t* remainder) {
-  if (index >> 32 == 0) {
-    const uint32_t quotient = static_cast<uint32_t>(index) / static_cast<uint32_t>(by);
-    *remainder = static_cast<int32_t>(static_cast<uint32_t>(index) - quotient * by);
-    return quotient;
-  }
-  *remainder = static_cast<int32_t>(index % by);
-  return index / by;
-}
 
 /// Which tile this block owns. Kept in shared memory: held in registers all the time it would cost
 /// those that the sums need.
@@ -387,9 +439,23 @@ struct TileLine {
   int32_t strip_pixels;   // of each strip
 };
 
+/// A prepared row, by loads of 16 bytes.
+template <class Number>
+__device__ __forceinline__ PreparedRow<Number> load_row(const PreparedRow<Number>* row) {
+  constexpr int32_t kWords = sizeof(PreparedRow<Number>) / sizeof(uint4);
+  uint4 word[kWords];
+  GLIMPSE_UNROLL
+  for (int32_t i = 0; i < kWords; ++i) {
+    word[i] = load_readonly(reinterpret_cast<const uint4*>(row) + i);
+  }
+  PreparedRow<Number> loaded;
+  memcpy(&loaded, word, sizeof(loaded));
+  return loaded;
+}
+
 /// Builds the weights of a batch. A group of lanes takes one direction of one box, a lane one cell:
-/// it walks the samples of its cell that can touch the tile and adds their taps to its own row of
-/// weights.
+/// it adds the taps of its cell to its own row of weights, the prepared ones or those of the
+/// samples that can touch the tile.
 template <class Tile>
 __device__ __forceinline__ void build_weights(const Problem& problem, const GatherPlan& plan,
                                               const TilePlace& place, const Batch& batch,
@@ -411,12 +477,16 @@ __device__ __forceinline__ void build_weights(const Problem& problem, const Gath
   if (member == 0) {
     const int32_t direction = task < plan.slots ? kY : kX;
     if (active) {
-      const Box<Number> box =
-          box_on_level<Number>(problem, batch.box(slot), place.image, place.level);
-      own.line = box_axis(problem, box, direction);
-      own.factor = sample_factor(own.line.axis);
+      own.factor = 1;  // prepared rows have it
+      if (!plan.prepared) {
+        const Box<Number> box =
+            box_on_level<Number>(problem, batch.box(slot), place.image, place.level);
+        own.line = box_axis(problem, box, direction);
+        own.factor = sample_factor(own.line.axis);
+      }
+      const Level& level = problem.level[place.level];
       own.pixel = direction == kY ? place.y : place.x;
-      const int32_t pixels = own.line.size - own.pixel;
+      const int32_t pixels = (direction == kY ? level.height : level.width) - own.pixel;
       const int32_t owned = direction == kY ? Tile::kRows : Tile::kColumns;
       own.pixels = pixels < owned ? pixels : owned;
     }
@@ -439,14 +509,26 @@ __device__ __forceinline__ void build_weights(const Problem& problem, const Gath
       auto* weight_of = reinterpret_cast<Number*>(quad);
       GLIMPSE_UNROLL
       for (int32_t i = 0; i < kQuads; ++i) quad[i] = Quad<Number>{};
-      for_each_tap(problem.op, own.line.axis, own.cell + cell, own.pixel,
-                   own.pixel + own.pixels - 1, own.line.size,
-                   [&](int32_t pixel, Number weight, Number slope, Number progress) {
-                     const int32_t i = pixel - own.pixel;
-                     if (static_cast<uint32_t>(i) < static_cast<uint32_t>(own.pixels)) {
-                       weight_of[i] += own.line.weighting(weight, slope, progress);
-                     }
-                   });
+      const auto add = [&](int32_t pixel, Number weight) {
+        const int32_t i = pixel - own.pixel;
+        if (static_cast<uint32_t>(i) < static_cast<uint32_t>(own.pixels)) weight_of[i] += weight;
+      };
+      if (plan.prepared) {
+        const int32_t row = own.cell + cell + (task < plan.slots ? 0 : problem.out_height);
+        const int64_t first = batch.box(slot) * (problem.out_height + problem.out_width);
+        const PreparedRow<Number> prepared =
+            load_row(Footprints::rows<Number>(problem) + first + row);
+        GLIMPSE_UNROLL
+        for (int32_t i = 0; i < PreparedRow<Number>::kTaps; ++i) {
+          add(prepared.tap[i].pixel, prepared.tap[i].weight);
+        }
+      } else {
+        for_each_tap(problem.op, own.line.axis, own.cell + cell, own.pixel,
+                     own.pixel + own.pixels - 1, own.line.size,
+                     [&](int32_t pixel, Number weight, Number slope, Number progress) {
+                       add(pixel, own.line.weighting(weight, slope, progress));
+                     });
+      }
       GLIMPSE_UNROLL
       for (int32_t i = 0; i < kQuads; ++i) {
         Quad<Number> scaled = quad[i];
@@ -888,7 +970,7 @@ __device__ __forceinline__ Number pixel_weight(const Operator& op, const BoxAxis
 /// Thread: one element of a gradient at a time; nothing is shared. The formula as it stands, and
 /// what the kernels above are compared with: they add the same numbers in the same order.
 template <class Number>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(256, sizeof(Number) == 8 ? 1 : 2)
     gather_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
   const Footprints footprints(problem);
   const bool nhwc = problem.layout == Layout::kNhwc;

@@ -6,6 +6,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/split.cuh"
 #include "half.h"
 #include "paste_problem.h"
 
@@ -65,7 +66,7 @@ __device__ __forceinline__ void paste_cells(const PasteProblem& problem,
 /// Block: 16 KB of the image of one mask. Thread: packs of 16 bytes, aligned in memory, neighbours
 /// in a warp; the packs that images share are written pixel by pixel.
 template <class T, class Out>
-__global__ void __launch_bounds__(kPasteThreads)
+__global__ void __launch_bounds__(kPasteThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
     paste_kernel(GLIMPSE_GRID_CONSTANT PasteProblem problem, GLIMPSE_GRID_CONSTANT PastePlan plan) {
   using Number = acc_t<T>;
   constexpr int64_t kCells = kPasteCells<Out>;
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(kPasteThreads)
     const int64_t begin = pack * kCells;  // the first pixel
     if (begin >= end) break;
     const int64_t from = begin < first ? first : begin;
-    const int64_t row = (from - first) / problem.width;
-    const auto column = static_cast<int32_t>(from - first - row * problem.width);
+    int32_t column;
+    const int64_t row = split(from - first, problem.width, &column);
     Out out[kPasteCells<Out>];
     paste_cells<T, Out>(problem, window, mask, store, static_cast<int32_t>(row), column, out);
     if (begin >= first && begin + kCells <= end) {

@@ -85,6 +85,7 @@ bool sample_nhwc(const Problem& problem) {
     run = divide_up(run, 2);
   }
   plan.cells_per_worker = static_cast<int32_t>(run);
+  plan.fill = static_cast<float>(problem.fill);
   const int64_t needed_threads = divide_up(divide_up(cells, run) * lanes, 32) * 32;
   const int64_t threads = needed_threads < kNhwcThreads ? needed_threads : kNhwcThreads;
   const int64_t groups = divide_up(divide_up(cells, run) * lanes, threads);
@@ -94,6 +95,28 @@ bool sample_nhwc(const Problem& problem) {
               static_cast<unsigned>(groups)),
          static_cast<unsigned>(threads), plan.tables.bytes<float, false>(), stream_of(problem),
          problem, plan);
+  return true;
+}
+
+template <class T, int kChannels>
+void sample_points(const Problem& problem) {
+  constexpr int kThreads = 256;
+  int32_t lanes_log2 = 0;
+  while (1 << lanes_log2 < kThreads && (int64_t{kChannels} << lanes_log2) < problem.channels) {
+    ++lanes_log2;
+  }
+  const int64_t blocks = divide_up(problem.boxes, kThreads >> lanes_log2);
+  launch(sample_points_kernel<T, kChannels>,
+         dim3(static_cast<unsigned>(blocks < kMostGridX ? blocks : kMostGridX)), kThreads, 0,
+         stream_of(problem), problem, lanes_log2);
+}
+
+/// False where the sizes do not suit the kernel.
+template <class T>
+bool sample_points(const Problem& problem) {
+  constexpr int kWide = 16 / sizeof(T);
+  if (problem.layout != Layout::kNhwc || aligned_channels<T>(problem) != kWide) return false;
+  sample_points<T, kWide>(problem);
   return true;
 }
 
@@ -133,10 +156,11 @@ bool sample_nchw(const Problem& problem) {
 
 template <class T>
 void sample_tuned(const Problem& problem) {
-  // Points: a block and its tables for four pixels of each channel would be mostly overhead.
   const bool points =
       problem.out_height == 1 && problem.out_width == 1 && problem.op.fixed_samples() == 1;
-  if (tables_apply(problem) && !points) {
+  if (points) {
+    if (sample_points<T>(problem)) return;
+  } else if (tables_apply(problem)) {
     if (problem.layout == Layout::kNhwc ? sample_nhwc<T>(problem) : sample_nchw<T>(problem)) return;
   }
   sample_simple<T>(problem);

@@ -28,7 +28,8 @@ namespace glimpse::cuda {
 /// One thread: output elements `index`, `index + all threads`, ...
 /// Walks the samples of the cell in both directions; nothing is shared.
 template <class T>
-__global__ void __launch_bounds__(256) sample_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
+__global__ void __launch_bounds__(256, sizeof(acc_t<T>) == 8 ? 2 : 3)
+    sample_simple_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
   using Number = acc_t<T>;
   const int64_t cells = int64_t{problem.out_height} * problem.out_width;
   const int64_t box_outputs = problem.channels * cells;
@@ -61,6 +62,56 @@ __global__ void __launch_bounds__(256) sample_simple_kernel(GLIMPSE_GRID_CONSTAN
   }
 }
 
+// ------------------------------------------------------------------------------------------ points
+
+/// A block: 256 >> lanes_log2 points, one cell of one sample each. A worker of 1 << lanes_log2
+/// lanes owns a point, a lane kChannels neighbouring channels of it at a time: finding the taps is
+/// shared by a pack, and tables would be mostly overhead.
+template <class T, int kChannels>
+__global__ void __launch_bounds__(256)
+    sample_points_kernel(GLIMPSE_GRID_CONSTANT Problem problem, int32_t lanes_log2) {
+  const int32_t lanes = 1 << lanes_log2;
+  const int64_t worker =
+      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) >> lanes_log2;
+  const int64_t workers = (static_cast<int64_t>(gridDim.x) * blockDim.x) >> lanes_log2;
+  const int64_t first = static_cast<int64_t>(threadIdx.x & (lanes - 1)) * kChannels;
+  const auto fill = static_cast<float>(problem.fill);
+  for (int64_t k = worker; k < problem.boxes; k += workers) {
+    Taps<float> y, x;
+    y.count = x.count = 0;
+    const Box<float> box = read_box<float>(problem, k);
+    if (box.level >= 0) {
+      y = sample_taps(problem.op, box_axis(problem, box, kY), 0, 0);
+      x = sample_taps(problem.op, box_axis(problem, box, kX), 0, 0);
+    }
+    const Level& level = problem.level[box.level < 0 ? 0 : box.level];
+    auto* pooled = static_cast<T*>(problem.pooled) + k * problem.channels;
+    for (int64_t channel = first; channel < problem.channels; channel += lanes * kChannels) {
+      float sum[kChannels];
+      GLIMPSE_UNROLL
+      for (int c = 0; c < kChannels; ++c) sum[c] = y.count == 0 || x.count == 0 ? fill : 0.0f;
+      const auto add_row = [&](int32_t pixel, float weight) {
+        const T* row = static_cast<const T*>(level.data) + box.image * level.stride_n +
+                       pixel * level.stride_h + channel;
+        float low[kChannels], high[kChannels] = {};
+        Pack<T, kChannels>::load(row + x.pixel[0] * level.stride_w).unpack(low);
+        if (x.count == 2) Pack<T, kChannels>::load(row + x.pixel[1] * level.stride_w).unpack(high);
+        GLIMPSE_UNROLL
+        for (int c = 0; c < kChannels; ++c) {
+          float value = x.weight[0] * low[c];
+          if (x.count == 2) value += x.weight[1] * high[c];
+          sum[c] += weight * value;
+        }
+      };
+      if (y.count > 0 && x.count > 0) {
+        add_row(y.pixel[0], y.weight[0]);
+        if (y.count == 2) add_row(y.pixel[1], y.weight[1]);
+      }
+      Pack<T, kChannels>::from(sum).store(pooled + channel);
+    }
+  }
+}
+
 // -------------------------------------------------------------------------------------------- NHWC
 
 // Seven warps share 7 or 14 rows of cells evenly, and four such blocks leave 72 registers a thread.
@@ -71,6 +122,7 @@ struct NhwcPlan {
   TableShape tables;
   int32_t lanes_log2;        // lanes of a worker; a power of two up to 32
   int32_t cells_per_worker;  // in row-major order
+  float fill;                // as in Problem: no conversion from double for each cell
 };
 
 /// The numbers of a pack as float. bfloat16 goes by pairs: one operation for each number.
@@ -161,8 +213,8 @@ __global__ void __launch_bounds__(kNhwcThreads, 4)
       GLIMPSE_NO_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         pooled[c] = Store<T>::from(
-            cell_value(problem.op, static_cast<float>(problem.fill), tables.axis[kY],
-                       tables.axis[kX], cell / cells_x, cell % cells_x, [&](int32_t y, int32_t x) {
+            cell_value(problem.op, plan.fill, tables.axis[kY], tables.axis[kX], cell / cells_x,
+                       cell % cells_x, [&](int32_t y, int32_t x) {
                          return load_value(image[y * level.stride_h + x * level.stride_w + c]);
                        }));
       }
@@ -177,7 +229,7 @@ __global__ void __launch_bounds__(kNhwcThreads, 4)
     float sum[kChannels] = {};
     if (row_y->count == 0 || row_x->count == 0) {
       GLIMPSE_UNROLL
-      for (int c = 0; c < kChannels; ++c) sum[c] = static_cast<float>(problem.fill);
+      for (int c = 0; c < kChannels; ++c) sum[c] = plan.fill;
     }
     const Tap<float>* tap_y = tables.tap + row_y->first;
     const Tap<float>* end_y = tap_y + row_y->count;
@@ -216,11 +268,14 @@ __global__ void __launch_bounds__(kNhwcThreads, 4)
 // Note [Staging a window]
 // In NCHW, a lane that owns a channel would read one element of each sector it touches. So the
 // block first copies the pixels that carry a tap to shared memory, with lanes along x, and then
-// computes with lanes along channels: weights are the same in all lanes, and neighbouring channels
-// lie in different banks because the pitch of a pixel is odd.
+// computes with lanes along channels, two in each: weights are the same for all channels of a cell,
+// so what a lane spends on finding them serves both.
 //
 //   window   [line y][line x][channel, padded]   lines: the rows and columns that carry a tap
 //   tile     [channel][cell, padded]             results, turned so that stores run along cells
+//
+// The pitch of a pixel is twice an odd number of words. So 16 lanes that write one channel of 16
+// pixels and 16 that write the next one use all banks, and pairs of channels are read as 8 bytes.
 //
 // Few samples in a large cell touch few pixels, so lines are compact: a box of 7x7 cells with 2x2
 // samples stages 28x28 pixels at most, whatever its size. Boxes whose pixels do not fit even for
@@ -228,22 +283,23 @@ __global__ void __launch_bounds__(kNhwcThreads, 4)
 
 constexpr int32_t kNchwThreads = 256;
 constexpr int32_t kNchwMostTaps = 1024;
-constexpr int32_t kNchwTileWords = 32 * 65;      // 64 cells of 32 channels, padded
-constexpr int32_t kNchwSharedBytes = 48 * 1024;  // four blocks where there are 228 KB, two in 100
+constexpr int32_t kNchwTileCells = 64;  // of each channel
+// What a block may have without asking. Three blocks share 164 KB or more, and two share 100 KB.
+constexpr int32_t kNchwSharedBytes = 48 * 1024;
 
 /// How sample_nchw_kernel divides a box: grid (box, slice of channels).
 struct NchwPlan {
   TableShape tables;
   int32_t channels_per_block;
-  int32_t most_lanes_log2;  // channels staged at a time; a power of two up to 32
+  int32_t most_chunk_log2;  // channels staged at a time; a power of two from 2 to 64
   // Bytes from the start of the shared memory; the tables come first.
   int32_t opened;        // Row per row: the lines that it opens
   int32_t shared_until;  // int32_t per row, see open_lines
   int32_t line;          // int32_t per line: its offset in a plane; those of y, then those of x
   int32_t lines;         // int32_t: their number
-  int32_t tile;
-  int32_t window;
-  int32_t window_words;
+  int32_t window;        // and the tile behind it
+  int32_t words;         // of both
+  float fill;            // as in Problem
 };
 
 /// The plan for any problem that satisfies tables_apply.
@@ -252,9 +308,9 @@ inline NchwPlan nchw_plan(const Problem& problem) {
   NchwPlan plan;
   plan.tables = table_shape(problem, kNchwMostTaps);
   const int32_t rows = plan.tables.rows();
-  plan.most_lanes_log2 = 5;
-  while (plan.most_lanes_log2 > 0 && 1 << (plan.most_lanes_log2 - 1) >= problem.channels) {
-    --plan.most_lanes_log2;
+  plan.most_chunk_log2 = 6;
+  while (plan.most_chunk_log2 > 1 && 1 << (plan.most_chunk_log2 - 1) >= problem.channels) {
+    --plan.most_chunk_log2;
   }
   // As many channels for the price of one set of tables as leave enough blocks for a large GPU.
   constexpr int64_t kEnoughBlocks = 1536;
@@ -267,9 +323,9 @@ inline NchwPlan nchw_plan(const Problem& problem) {
   plan.shared_until = plan.opened + rows * static_cast<int32_t>(sizeof(Row));
   plan.line = plan.shared_until + rows * kWord;
   plan.lines = plan.line + plan.tables.room * kWord;
-  plan.tile = plan.lines + kWord;
-  plan.window = plan.tile + kNchwTileWords * kWord;
-  plan.window_words = (kNchwSharedBytes - plan.window) / kWord;
+  plan.window = (plan.lines + kWord + 15) / 16 * 16;
+  plan.words = (kNchwSharedBytes - plan.window) / kWord;
+  plan.fill = static_cast<float>(problem.fill);
   return plan;
 }
 
@@ -348,10 +404,16 @@ struct GridStep {
 
 }  // namespace detail
 
-/// As add_columns, for one channel of a staged window. Taps hold offsets in bytes.
+/// Words from a pixel of a staged window to the next one: twice an odd number.
+__device__ __forceinline__ int32_t window_pitch(int32_t chunk_log2) {
+  return chunk_log2 == 1 ? 2 : (1 << chunk_log2) + 2;
+}
+
+/// As add_columns, for two channels of a staged window. Taps hold offsets in bytes.
 template <int kTaps>
-__device__ __forceinline__ float window_columns(const char* window, const Tap<float>* tap_y,
-                                                const Tap<float>* end_y, const Tap<float>* tap_x) {
+__device__ __forceinline__ void add_window_columns(const char* window, const Tap<float>* tap_y,
+                                                   const Tap<float>* end_y, const Tap<float>* tap_x,
+                                                   float2* sum) {
   int32_t offset[kTaps];
   float weight[kTaps];
   GLIMPSE_UNROLL
@@ -360,35 +422,35 @@ __device__ __forceinline__ float window_columns(const char* window, const Tap<fl
     offset[j] = tap.pixel;
     weight[j] = tap.weight;
   }
-  float sum = 0.0f;
   GLIMPSE_NO_UNROLL
   for (; tap_y != end_y; ++tap_y) {
     const Tap<float> tap = *tap_y;
     const char* row = window + tap.pixel;
-    float row_sum = 0.0f;
+    float2 row_sum = make_float2(0.0f, 0.0f);
     GLIMPSE_UNROLL
     for (int j = 0; j < kTaps; ++j) {
-      row_sum += weight[j] * *reinterpret_cast<const float*>(row + offset[j]);
+      const float2 value = *reinterpret_cast<const float2*>(row + offset[j]);
+      row_sum.x += weight[j] * value.x;
+      row_sum.y += weight[j] * value.y;
     }
-    sum += tap.weight * row_sum;
+    sum->x += tap.weight * row_sum.x;
+    sum->y += tap.weight * row_sum.y;
   }
-  return sum;
 }
 
-/// Copies kChannels channels of one pixel, `step` elements and `group` floats apart, to a window of
+/// Copies kChannels channels of one pixel, `step` elements and kApart floats apart, to a window of
 /// float. Float goes by asynchronous copies; other types are all loaded, then converted.
-template <int kChannels, class T>
-__device__ __forceinline__ void stage_channels(float* target, const T* source, int64_t step,
-                                               int32_t group) {
+template <int kChannels, int kApart, class T>
+__device__ __forceinline__ void stage_channels(float* target, const T* source, int64_t step) {
   if constexpr (std::is_same_v<T, float>) {
     GLIMPSE_UNROLL
-    for (int i = 0; i < kChannels; ++i) copy_async4(target + i * group, source + i * step);
+    for (int i = 0; i < kChannels; ++i) copy_async4(target + i * kApart, source + i * step);
   } else {
     Pack<T, 1> value[kChannels];
     GLIMPSE_UNROLL
     for (int i = 0; i < kChannels; ++i) value[i] = Pack<T, 1>::load(source + i * step);
     GLIMPSE_UNROLL
-    for (int i = 0; i < kChannels; ++i) value[i].unpack(target + i * group);
+    for (int i = 0; i < kChannels; ++i) value[i].unpack(target + i * kApart);
   }
 }
 
@@ -397,7 +459,7 @@ __device__ __forceinline__ void stage_channels(float* target, const T* source, i
 /// with lanes along pixels, compute cells with lanes along channels, and store with lanes along
 /// cells.
 template <class T>
-__global__ void __launch_bounds__(kNchwThreads, 4)
+__global__ void __launch_bounds__(kNchwThreads, 3)
     sample_nchw_kernel(GLIMPSE_GRID_CONSTANT Problem problem, GLIMPSE_GRID_CONSTANT NchwPlan plan) {
   GLIMPSE_DYNAMIC_SHARED(shared);
   const int64_t k = blockIdx.x;
@@ -441,12 +503,21 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
   const int32_t lines_y = opened[cells_y].first;
   const int32_t lines_x = *lines - lines_y;
   const int32_t pixels = lines_y * lines_x;
-  int32_t chunk_log2 = plan.most_lanes_log2;  // -1 where not even one channel fits
-  while (chunk_log2 >= 0 && pixels * (1 << chunk_log2 | 1) > plan.window_words) --chunk_log2;
+  // Rows of cells that the tile holds, or a part of one row: what is stored from it at a time.
+  int32_t batch_rows = kNchwTileCells / cells_x;
+  if (batch_rows > cells_y) batch_rows = cells_y;
+  const int32_t batch_columns = batch_rows > 0 ? cells_x : kNchwTileCells;
+  if (batch_rows == 0) batch_rows = 1;
+  const int32_t tile_pitch = batch_rows * batch_columns | 1;
+  int32_t chunk_log2 = plan.most_chunk_log2;  // 0 where not even two channels fit
+  while (chunk_log2 > 0 &&
+         pixels * window_pitch(chunk_log2) + (tile_pitch << chunk_log2) > plan.words) {
+    --chunk_log2;
+  }
 
   const auto stride_y = static_cast<int32_t>(level.stride_h);
   const auto stride_x = static_cast<int32_t>(level.stride_w);
-  if (chunk_log2 < 0 || !tables.fit) {
+  if (chunk_log2 == 0 || !tables.fit) {
     for (int32_t i = thread; i < channels * cells; i += kNchwThreads) {
       const int32_t channel = i / cells, cell = i - channel * cells;
       const int32_t cell_y = cell / cells_x, cell_x = cell - cell_y * cells_x;
@@ -454,7 +525,7 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
       float sum = 0.0f;
       if (tables.fit) {
         const Row row_y = tables.row_y[cell_y], row_x = tables.row_x[cell_x];
-        if (row_y.count == 0 || row_x.count == 0) sum = static_cast<float>(problem.fill);
+        if (row_y.count == 0 || row_x.count == 0) sum = plan.fill;
         GLIMPSE_NO_UNROLL
         for (int32_t y = row_y.first; y < row_y.first + row_y.count; ++y) {
           const T* row = plane + tap[y].pixel * stride_y;
@@ -466,10 +537,9 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
           sum += tap[y].weight * row_sum;
         }
       } else {
-        sum = cell_value(problem.op, static_cast<float>(problem.fill), tables.axis[kY],
-                         tables.axis[kX], cell_y, cell_x, [&](int32_t y, int32_t x) {
-                           return load_value(plane[y * stride_y + x * stride_x]);
-                         });
+        sum = cell_value(
+            problem.op, plan.fill, tables.axis[kY], tables.axis[kX], cell_y, cell_x,
+            [&](int32_t y, int32_t x) { return load_value(plane[y * stride_y + x * stride_x]); });
       }
       pooled[i] = Store<T>::from(sum);
     }
@@ -477,7 +547,7 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
   }
 
   const int32_t chunk = 1 << chunk_log2;
-  const int32_t pitch = chunk | 1;
+  const int32_t pitch = window_pitch(chunk_log2);
   const int32_t pitch_bytes = pitch * static_cast<int32_t>(sizeof(float));
   for (int32_t i = thread; i < rows; i += kNchwThreads) {
     const bool is_y = i < cells_y;
@@ -488,47 +558,45 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
   __syncthreads();
 
   auto* window = reinterpret_cast<float*>(shared + plan.window);
-  auto* tile = reinterpret_cast<float*>(shared + plan.tile);
-  // A warp stages every `group`-th channel of its pixels: more channels for the price of finding a
-  // pixel when there are fewer groups, more even work for all warps when there are more.
-  const int32_t group = chunk < 4 ? chunk : 4;
-  const int32_t group_channel = warp % group;
-  const int32_t first_pixel = warp / group * 32 + lane;
-  const int32_t pixel_step = kWarps / group * 32;
+  float* tile = window + pixels * pitch;
+  // Half of a warp stages one channel of 16 pixels, the other half the next channel. A warp takes
+  // every kPairs-th pair: more channels for the price of finding a pixel were it fewer, more even
+  // work for all warps were it more.
+  constexpr int32_t kPairs = 2, kChannelStep = 2 * kPairs;
+  const int32_t staged_channel = warp % kPairs * 2 + lane / 16;
+  const int32_t first_pixel = warp / kPairs * 16 + lane % 16;
+  constexpr int32_t kPixelStep = kWarps / kPairs * 16;
   const detail::GridStep first_place(first_pixel, lines_x > 0 ? lines_x : 1);
-  const detail::GridStep place_step(pixel_step, lines_x > 0 ? lines_x : 1);
-  const int32_t channel = thread & (chunk - 1);
+  const detail::GridStep place_step(kPixelStep, lines_x > 0 ? lines_x : 1);
+  // Lanes of a cell are pairs of channels. Cells are taken column by column: those of a warp share
+  // their taps along x, so that they branch alike.
+  const int32_t lanes_log2 = chunk_log2 - 1;
+  const int32_t channel = (thread & (chunk / 2 - 1)) * 2;
   const char* own_window = shared + plan.window + channel * static_cast<int32_t>(sizeof(float));
-  const int32_t first_cell = thread >> chunk_log2;
-  const int32_t cell_step = kNchwThreads >> chunk_log2;
-  const detail::GridStep cell_place_step(cell_step, cells_x);
-  // Cells that the tile holds, one less where that makes the pitch odd; in batches of equal size.
-  const int32_t most_cells = (kNchwTileWords >> chunk_log2) - 1;
-  const int32_t batches = (cells + most_cells - 1) / most_cells;
-  const int32_t batch = (cells + batches - 1) / batches;
-  const int32_t tile_pitch = batch | 1;
+  const int32_t first_cell = thread >> lanes_log2;
+  const int32_t cell_step = kNchwThreads >> lanes_log2;
 
   for (int32_t chunk_first = 0; chunk_first < channels; chunk_first += chunk) {
     const int32_t left = channels - chunk_first;
     const int32_t live = left < chunk ? left : chunk;
     if (pixels > 0) {
-      const T* first_source = image + (chunk_first + group_channel) * level.stride_c;
-      const int64_t step = group * level.stride_c;
+      const T* first_source = image + (chunk_first + staged_channel) * level.stride_c;
+      const int64_t step = kChannelStep * level.stride_c;
       detail::GridStep place = first_place;
-      for (int32_t pixel = first_pixel; pixel < pixels; pixel += pixel_step) {
+      for (int32_t pixel = first_pixel; pixel < pixels; pixel += kPixelStep) {
         const T* source = first_source + (line[place.y] + line[lines_y + place.x]);
-        float* target = window + pixel * pitch + group_channel;
-        int32_t c = group_channel;
+        float* target = window + pixel * pitch + staged_channel;
+        int32_t c = staged_channel;
         GLIMPSE_NO_UNROLL
-        for (; c + 3 * group < live; c += 4 * group) {
-          stage_channels<4>(target, source, step, group);
-          target += 4 * group;
+        for (; c + 3 * kChannelStep < live; c += 4 * kChannelStep) {
+          stage_channels<4, kChannelStep>(target, source, step);
+          target += 4 * kChannelStep;
           source += 4 * step;
         }
         GLIMPSE_NO_UNROLL
-        for (; c < live; c += group) {
-          stage_channels<1>(target, source, step, group);
-          target += group;
+        for (; c < live; c += kChannelStep) {
+          stage_channels<1, kChannelStep>(target, source, step);
+          target += kChannelStep;
           source += step;
         }
         place.add(place_step, lines_x);
@@ -537,47 +605,73 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
     copy_async_wait_all();
     __syncthreads();
 
-    for (int32_t batch_first = 0; batch_first < cells; batch_first += batch) {
-      const int32_t batch_end = batch_first + batch < cells ? batch_first + batch : cells;
+    int32_t batch_y = 0, batch_x = 0;  // its first cell
+    while (batch_y < cells_y) {
+      const int32_t rows_left = cells_y - batch_y, columns_left = cells_x - batch_x;
+      const int32_t own_rows = rows_left < batch_rows ? rows_left : batch_rows;
+      const int32_t own_columns = columns_left < batch_columns ? columns_left : batch_columns;
+      const int32_t batch_cells = own_rows * own_columns;
       if (channel < live) {
-        int32_t cell = batch_first + first_cell;
-        detail::GridStep place(cell, cells_x);
-        for (; cell < batch_end; cell += cell_step) {
-          const Row row_y = tables.row_y[place.y], row_x = tables.row_x[place.x];
+        const detail::GridStep place_step(cell_step, own_rows);  // y: columns, x: rows
+        detail::GridStep place(first_cell, own_rows);
+        for (int32_t i = first_cell; i < batch_cells; i += cell_step) {
+          const Row row_y = tables.row_y[batch_y + place.x];
+          const Row row_x = tables.row_x[batch_x + place.y];
           const Tap<float>* tap_y = tap + row_y.first;
           const Tap<float>* end_y = tap_y + row_y.count;
           const Tap<float>* tap_x = tap + row_x.first;
-          float sum = 0.0f;
-          if (row_y.count == 0 || row_x.count == 0) sum = static_cast<float>(problem.fill);
+          float2 sum = make_float2(0.0f, 0.0f);
+          if (row_y.count == 0 || row_x.count == 0) sum = make_float2(plan.fill, plan.fill);
           GLIMPSE_NO_UNROLL
           for (int32_t left = row_x.count; left > 0; left -= 4, tap_x += 4) {
             switch (left) {
               case 1:
-                sum += window_columns<1>(own_window, tap_y, end_y, tap_x);
+                add_window_columns<1>(own_window, tap_y, end_y, tap_x, &sum);
                 break;
               case 2:
-                sum += window_columns<2>(own_window, tap_y, end_y, tap_x);
+                add_window_columns<2>(own_window, tap_y, end_y, tap_x, &sum);
                 break;
               case 3:
-                sum += window_columns<3>(own_window, tap_y, end_y, tap_x);
+                add_window_columns<3>(own_window, tap_y, end_y, tap_x, &sum);
                 break;
               default:
-                sum += window_columns<4>(own_window, tap_y, end_y, tap_x);
+                add_window_columns<4>(own_window, tap_y, end_y, tap_x, &sum);
             }
           }
-          tile[channel * tile_pitch + cell - batch_first] = sum;
-          place.add(cell_place_step, cells_x);
+          float* target = tile + channel * tile_pitch + place.x * own_columns + place.y;
+          target[0] = sum.x;
+          target[tile_pitch] = sum.y;
+          place.add(place_step, own_rows);
         }
       }
       __syncthreads();
-      for (int32_t c = warp; c < live; c += kWarps) {
-        T* target = pooled + static_cast<int64_t>(chunk_first + c) * cells;
-        for (int32_t cell = batch_first + lane; cell < batch_end; cell += 32) {
-          target[cell] = Store<T>::from(tile[c * tile_pitch + cell - batch_first]);
+      if (tile_pitch == cells) {  // a tile without padding is what the results look like
+        T* target = pooled + static_cast<int64_t>(chunk_first) * cells;
+        GLIMPSE_NO_UNROLL
+        for (int32_t i = thread; i < live * cells; i += kNchwThreads) {
+          target[i] = Store<T>::from(tile[i]);
+        }
+      } else {
+        const float* own_tile = tile + warp * tile_pitch + lane;
+        T* target = pooled + static_cast<int64_t>(chunk_first + warp) * cells + batch_y * cells_x +
+                    batch_x + lane;
+        GLIMPSE_NO_UNROLL
+        for (int32_t c = warp; c < live; c += kWarps) {
+          GLIMPSE_NO_UNROLL
+          for (int32_t i = 0; i < batch_cells - lane; i += 32) {
+            target[i] = Store<T>::from(own_tile[i]);
+          }
+          own_tile += kWarps * tile_pitch;
+          target += int64_t{kWarps} * cells;
         }
       }
+      batch_x += own_columns;
+      if (batch_x == cells_x) {
+        batch_x = 0;
+        batch_y += own_rows;
+      }
       // The next batch overwrites the tile. The next chunk has a barrier of its own before that.
-      if (batch_end < cells) __syncthreads();
+      if (batch_y < cells_y) __syncthreads();
     }
   }
 }

@@ -283,6 +283,35 @@ __device__ __forceinline__ Taps<T> sample_taps(const Operator& op, const BoxAxis
   return taps;
 }
 
+/// Samples of a cell, one after another, that read the same pixels: `pixel`, and pixel + 1 where
+/// count is 2. Their weights are added up.
+template <class T>
+struct TapRun {
+  int32_t pixel, count;
+  T low, high;
+};
+
+/// Calls visit(run) for the samples of a cell. So the number of visits is bounded by the pixels,
+/// however many samples there are.
+template <class T, class Visit>
+__device__ __forceinline__ void for_each_run(const Operator& op, const BoxAxis<T>& line,
+                                             int32_t cell, SampleRange samples,
+                                             const Visit& visit) {
+  TapRun<T> run = {0, 0, T(0), T(0)};
+  GLIMPSE_NO_UNROLL
+  for (int32_t sample = samples.first; sample <= samples.end; ++sample) {
+    Taps<T> taps = {};
+    if (sample < samples.end) taps = sample_taps(op, line, cell, sample);
+    if (taps.count > 0 && taps.count == run.count && taps.pixel[0] == run.pixel) {
+      run.low += taps.weight[0];
+      run.high += taps.weight[1];
+      continue;
+    }
+    if (run.count > 0) visit(run);
+    run = {taps.pixel[0], taps.count, taps.weight[0], taps.weight[1]};
+  }
+}
+
 /// One output without tables: the weighted sum of load(y, x) over the samples of the cell, or
 /// `fill` where it keeps none.
 template <class T, class Load>
@@ -293,25 +322,19 @@ __device__ __forceinline__ T cell_value(const Operator& op, T fill, const BoxAxi
   const SampleRange samples_x = sample_range(op, x.axis, cell_x, 0, x.size - 1, x.size);
   T sum = T(0);
   bool empty = true;
-  GLIMPSE_NO_UNROLL
-  for (int32_t sample_y = samples_y.first; sample_y < samples_y.end; ++sample_y) {
-    const Taps<T> taps_y = sample_taps(op, y, cell_y, sample_y);
-    if (taps_y.count == 0) continue;
+  for_each_run(op, y, cell_y, samples_y, [&](const TapRun<T>& run_y) {
     T low = T(0), high = T(0);  // sums over the row of pixels of each tap
-    GLIMPSE_NO_UNROLL
-    for (int32_t sample_x = samples_x.first; sample_x < samples_x.end; ++sample_x) {
-      const Taps<T> taps_x = sample_taps(op, x, cell_x, sample_x);
-      if (taps_x.count == 0) continue;
+    for_each_run(op, x, cell_x, samples_x, [&](const TapRun<T>& run_x) {
       empty = false;
-      low += taps_x.weight[0] * load(taps_y.pixel[0], taps_x.pixel[0]);
-      if (taps_x.count == 2) low += taps_x.weight[1] * load(taps_y.pixel[0], taps_x.pixel[1]);
-      if (taps_y.count == 1) continue;
-      high += taps_x.weight[0] * load(taps_y.pixel[1], taps_x.pixel[0]);
-      if (taps_x.count == 2) high += taps_x.weight[1] * load(taps_y.pixel[1], taps_x.pixel[1]);
-    }
-    sum += taps_y.weight[0] * low;
-    if (taps_y.count == 2) sum += taps_y.weight[1] * high;
-  }
+      low += run_x.low * load(run_y.pixel, run_x.pixel);
+      if (run_x.count == 2) low += run_x.high * load(run_y.pixel, run_x.pixel + 1);
+      if (run_y.count == 1) return;
+      high += run_x.low * load(run_y.pixel + 1, run_x.pixel);
+      if (run_x.count == 2) high += run_x.high * load(run_y.pixel + 1, run_x.pixel + 1);
+    });
+    sum += run_y.low * low;
+    if (run_y.count == 2) sum += run_y.high * high;
+  });
   return empty ? fill : sum * (sample_factor(y.axis) * sample_factor(x.axis));
 }
 

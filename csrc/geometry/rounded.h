@@ -102,10 +102,21 @@ GLIMPSE_HD double portable_log2(double v) {
   using R = Rounded<double>;
   const R s = (R(mantissa) - R(1.0)) / (R(mantissa) + R(1.0));
   const R square = s * s;
-  R sum(0.0);
-  for (int32_t term = 12; term >= 0; --term) {
-    sum = sum * square + R(1.0) / R(static_cast<double>(2 * term + 1));
-  }
+  // Reciprocals that the compiler divides: as exact as a division here, which takes a GPU long.
+  R sum(1.0 / 25.0);
+  const auto add_term = [&](double reciprocal) { sum = sum * square + R(reciprocal); };
+  add_term(1.0 / 23.0);
+  add_term(1.0 / 21.0);
+  add_term(1.0 / 19.0);
+  add_term(1.0 / 17.0);
+  add_term(1.0 / 15.0);
+  add_term(1.0 / 13.0);
+  add_term(1.0 / 11.0);
+  add_term(1.0 / 9.0);
+  add_term(1.0 / 7.0);
+  add_term(1.0 / 5.0);
+  add_term(1.0 / 3.0);
+  add_term(1.0);
   const R two_over_ln2(2.8853900817779268);
   return (R(static_cast<double>(exponent)) + two_over_ln2 * (s * sum)).value;
 }

@@ -80,8 +80,9 @@ namespace {
 constexpr std::size_t kStackBytes = 512 * 1024;  // committed page by page
 constexpr unsigned kMaxThreads = 1024;           // of a block
 constexpr unsigned kWarp = 32;
-constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // of a block, on the largest device
-constexpr std::size_t kGuardBytes = 64;              // behind each piece of shared memory
+constexpr std::size_t kMaxSharedBytes = 227 * 1024;     // of a block, on the largest device
+constexpr std::size_t kDefaultSharedBytes = 48 * 1024;  // of a block that does not ask for more
+constexpr std::size_t kGuardBytes = 64;                 // behind each piece of shared memory
 constexpr unsigned char kGuard = 0xA5;
 
 void entry();
@@ -425,7 +426,11 @@ class SharedMemory {
     for (const Piece& piece : pieces_) {
       if (piece.tag == tag) return memory_ + piece.begin;
     }
-    if (used_ + bytes > kMaxSharedBytes) throw EmulationError("more than 227 KB of shared memory");
+    // launch() asks for more than the default by the dynamic part alone.
+    const bool asked = pieces_.front().bytes > kDefaultSharedBytes;
+    if (used_ + bytes > (asked ? kMaxSharedBytes : kDefaultSharedBytes)) {
+      throw EmulationError(std::to_string(used_ + bytes) + " bytes of shared memory");
+    }
     void* memory = add(tag, bytes, alignment);
     std::memset(memory, poison_, bytes);
     return memory;

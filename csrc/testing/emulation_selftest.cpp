@@ -444,10 +444,18 @@ void writes_behind_shared_memory_are_reported() {
 }
 #endif
 
+__global__ void static_shared_kernel() {
+  GLIMPSE_SHARED(int, numbers, [1024]);
+  numbers[threadIdx.x] = 0;
+}
+
 void impossible_launches_are_refused() {
   check_refused([] { launch(two_barriers_kernel, 1, 1025, 0, nullptr); }, {"1025 threads"});
   check_refused([] { launch(two_barriers_kernel, dim3(1, 65536), 32, 0, nullptr); }, {"65536"});
   check_refused([] { launch(two_barriers_kernel, 1, 32, 256 * 1024, nullptr); }, {"262144 bytes"});
+  // 48 KB are for both kinds together.
+  launch(static_shared_kernel, 1, 32, 44 * 1024, nullptr);
+  check_refused([] { launch(static_shared_kernel, 1, 32, 45 * 1024, nullptr); }, {"50176 bytes"});
 }
 
 // ------------------------------------------------------------------------------------ mutation
