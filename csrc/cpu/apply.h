@@ -288,16 +288,28 @@ void grad_boxes(const BoxWork<acc_t<T>>& work) {
 template <class T>
 const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, uint8_t>) {
-    static constexpr Kernels<T> table = {
-        kLanes<float>, kPickSources<float>, sample_scratch<T>, nullptr,        grad_boxes_scratch<T>,
-        sample<T>,     nullptr,           nullptr,         nullptr,
-        grad_boxes<T>, paste_spread<T>,   paste_values<T>, paste_bytes<float>};
+    static constexpr Kernels<T> table = {kLanes<float>,
+                                         kPickSources<float>,
+                                         sample_scratch<T>,
+                                         nullptr,
+                                         grad_boxes_scratch<T>,
+                                         sample<T>,
+                                         nullptr,
+                                         nullptr,
+                                         nullptr,
+                                         grad_boxes<T>,
+                                         paste_spread<T>,
+                                         paste_values<T>,
+                                         paste_bytes<float>};
     return table;
   } else {
-    static constexpr Kernels<T> table = {
-        kLanes<acc_t<T>>, kPickSources<acc_t<T>>, sample_scratch<T>, grad_features_scratch<T>, grad_boxes_scratch<T>,
-        sample<T>,        clear_gradient<T>, grad_features<T>,         convert_gradient<T>,
-        grad_boxes<T>,    paste_spread<T>,   paste_values<T>,          paste_bytes<acc_t<T>>};
+    static constexpr Kernels<T> table = {kLanes<acc_t<T>>,      kPickSources<acc_t<T>>,
+                                         sample_scratch<T>,     grad_features_scratch<T>,
+                                         grad_boxes_scratch<T>, sample<T>,
+                                         clear_gradient<T>,     grad_features<T>,
+                                         convert_gradient<T>,   grad_boxes<T>,
+                                         paste_spread<T>,       paste_values<T>,
+                                         paste_bytes<acc_t<T>>};
     return table;
   }
 }

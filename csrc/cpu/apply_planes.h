@@ -135,8 +135,9 @@ void pick_cells(const BoxPlan<A>& plan, const A* sums, int32_t rows, int32_t wid
         }
       } else {
         for (int32_t t = 0; t < taps; ++t) {
-          sum = multiply_add(load(weights + t * L),
-                             pick<Sources>(source, PickLanes<A>::from(index + t * L, mask[t])), sum);
+          sum =
+              multiply_add(load(weights + t * L),
+                           pick<Sources>(source, PickLanes<A>::from(index + t * L, mask[t])), sum);
         }
       }
       const int64_t at = int64_t{i} * width + b * L;
@@ -197,8 +198,9 @@ void sample_plane(const Problem& problem, const BoxPlan<acc_t<T>>& plan, const T
         for (int32_t i = plan.y.first; i < plan.y.end; ++i) {
           const int32_t tap = plan.y.tap_begin(i), taps = plan.y.tap_end(i) - tap;
           if (taps == 0) continue;
-          sum_rows<T>(window, 0, stride_h, 1, plan.y.index + tap, plan.y.weight + tap, taps, vectors,
-                      plan.last_valid, sums + int64_t{i - plan.y.first} * vectors * kLanes<A>);
+          sum_rows<T>(window, 0, stride_h, 1, plan.y.index + tap, plan.y.weight + tap, taps,
+                      vectors, plan.last_valid,
+                      sums + int64_t{i - plan.y.first} * vectors * kLanes<A>);
         }
     }
     const auto pick_from = [&](auto sources) {
@@ -216,8 +218,8 @@ void sample_plane(const Problem& problem, const BoxPlan<acc_t<T>>& plan, const T
     }
     const auto fill = fill_of<pooled_t<T>, A>(problem);
     fill_cells(to, int64_t{plan.y.first} * width, fill);
-    fill_cells(to + int64_t{plan.y.end} * width,
-               int64_t{problem.out_height - plan.y.end} * width, fill);
+    fill_cells(to + int64_t{plan.y.end} * width, int64_t{problem.out_height - plan.y.end} * width,
+               fill);
     for (int32_t i = plan.y.first; plan.y.uniform == 0 && i < plan.y.end; ++i) {
       if (plan.y.tap_begin(i) == plan.y.tap_end(i)) {
         fill_cells(to + int64_t{i} * width, width, fill);
@@ -263,7 +265,8 @@ void sample_planes(const Work<acc_t<T>>& work) {
     const Level& level = problem.level[head.level];
     const int64_t plane = int64_t{level.height} * level.width;
     const int64_t together = planes_together(level, work.channels, sizeof(T));
-    const bool ahead = level.stride_c == plane && covers_plane(work.plans + first, end - first, level);
+    const bool ahead =
+        level.stride_c == plane && covers_plane(work.plans + first, end - first, level);
     for (int64_t c = 0; c < work.channels; c += together) {
       const int64_t channels = work.channels - c < together ? work.channels - c : together;
       const T* image = image_of<T>(level, head.image) + (work.channel + c) * level.stride_c;
@@ -330,8 +333,9 @@ void expand_cells(const T* cells, int64_t count, int32_t first, int32_t end, int
         }
       } else {
         for (int32_t t = 0; t < taps; ++t) {
-          sum = multiply_add(load(weights + t * L),
-                             pick<Sources>(source, PickLanes<A>::from(index + t * L, mask[t])), sum);
+          sum =
+              multiply_add(load(weights + t * L),
+                           pick<Sources>(source, PickLanes<A>::from(index + t * L, mask[t])), sum);
         }
       }
       store(expanded + i * row + v * L, sum);
@@ -467,7 +471,8 @@ void grad_features_planar(const GradWork<acc_t<T>>& work, const BoxPlan<acc_t<T>
            (of.box * problem.channels + work.channel) * cells;
   };
   if (following != nullptr) {
-    prefetch_cells(cells_of_box(*following), work.channels * cells * static_cast<int64_t>(sizeof(T)));
+    prefetch_cells(cells_of_box(*following),
+                   work.channels * cells * static_cast<int64_t>(sizeof(T)));
   }
   const T* from = cells_of_box(plan);
   A* window = plane.data - work.first_row * plane.stride_h + plan.first_column;
@@ -512,8 +517,7 @@ void add_slopes_of_plane(const BoxPlan<acc_t<T>>& plan, const T* window, int64_t
           const Vector<A> g = pick<Sources>(source, lanes[t]);
           for (int n = 0; n < 3; ++n) spread[n] = multiply_add(held[t][n], g, spread[n]);
         } else {
-          const Vector<A> g =
-              pick<Sources>(source, PickLanes<A>::from(index + t * L, mask[t]));
+          const Vector<A> g = pick<Sources>(source, PickLanes<A>::from(index + t * L, mask[t]));
           spread[0] = multiply_add(load(picks.weight + at + t * L), g, spread[0]);
           spread[1] = multiply_add(load(picks.slope_origin + at + t * L), g, spread[1]);
           spread[2] = multiply_add(load(picks.slope_step + at + t * L), g, spread[2]);
@@ -555,7 +559,7 @@ void grad_boxes_planar(const BoxWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& p
                       (level.width > 1 ? plan.first_column : 0);
     LaneSums<A> sums;
     for (int64_t c = 0; c < work.channels; ++c, from += cells, window += level.stride_c) {
-#define GLIMPSE_CALL(sources, taps)                                                               \
+#define GLIMPSE_CALL(sources, taps) \
   add_slopes_of_plane<sources, taps, T>(plan, window, level.stride_h, from, cells, width, sums)
       if (width > kLanes<A>) {
         switch (plan.picks.taps) {

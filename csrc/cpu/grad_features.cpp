@@ -5,6 +5,7 @@
 #include "cpu/applications.h"
 #include "cpu/dtypes.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/points.h"
 
@@ -18,8 +19,8 @@ namespace {
 
 /// How the gradient of each level is split.
 struct Split {
-  int64_t block[kMaxLevels];      // channels
-  int64_t blocks[kMaxLevels];     // of all channels
+  int64_t block[kMaxLevels];   // channels
+  int64_t blocks[kMaxLevels];  // of all channels
   int64_t largest_block;
   int32_t band[kMaxLevels];       // rows
   int64_t bands[kMaxLevels];      // of all rows
@@ -46,13 +47,12 @@ Split split(const Problem& problem, const Kernels<T>& kernel, int64_t workers) {
     result.largest_block = std::max(result.largest_block, result.block[l]);
     const int64_t blocks = (problem.channels + result.block[l] - 1) / result.block[l];
     result.blocks[l] = blocks;
-    const int64_t wanted =
-        workers == 1 ? 1 : (4 * workers + maps * blocks - 1) / (maps * blocks);
+    const int64_t wanted = workers == 1 ? 1 : (4 * workers + maps * blocks - 1) / (maps * blocks);
     int64_t rows = std::max<int64_t>((level.height + wanted - 1) / wanted, 16);
     if (kScratch && !nchw) {
       constexpr int64_t kScratchElements = 1 << 19;
-      rows = std::min(
-          rows, std::max<int64_t>(8, kScratchElements / (block * std::max(level.width, 1))));
+      rows = std::min(rows,
+                      std::max<int64_t>(8, kScratchElements / (block * std::max(level.width, 1))));
     }
     result.band[l] = static_cast<int32_t>(std::min<int64_t>(rows, std::max(level.height, 1)));
     // A map without pixels has no task.
@@ -79,6 +79,18 @@ void describe_task(const Problem& problem, const Split& split, int64_t task, Gra
   work.end_row = std::min(work.first_row + split.band[l], problem.level[l].height);
 }
 
+/// See Note [Fresh pages]. Just before they are cleared, so that the cache still has them.
+template <class T>
+void prepare_planes(const GradWork<acc_t<T>>& work) {
+  const Level& level = work.problem->level[work.level];
+  if (work.problem->layout == Layout::kNhwc) return;
+  const int64_t rows = work.end_row - work.first_row;
+  T* first = static_cast<T*>(level.data) + work.image * level.stride_n +
+             work.channel * level.stride_c + work.first_row * level.stride_h;
+  const int64_t elements = (work.channels - 1) * level.stride_c + rows * level.stride_h;
+  prepare_pages(first, elements * static_cast<int64_t>(sizeof(T)));
+}
+
 template <class T>
 void grad_features_typed(const Problem& problem) {
   using A = acc_t<T>;
@@ -99,12 +111,17 @@ void grad_features_typed(const Problem& problem) {
   const int64_t boxes = cells == 0 ? 0 : problem.boxes;
   // Float sums of 16-bit gradients live as long as a task, so they take all boxes at once.
   const int64_t chunk = kScratch ? std::max<int64_t>(boxes, 1) : kPlanChunk;
+  for (int32_t l = 0; l < problem.levels && problem.layout == Layout::kNhwc; ++l) {
+    const Level& level = problem.level[l];
+    prepare_result(level.data, problem.batch * level.stride_n * static_cast<int64_t>(sizeof(T)),
+                   workers);
+  }
   int64_t first = 0;
   do {
     const int64_t end = std::min(boxes, first + chunk);
-    const PlanSet<A> set(problem, Purpose::kGradFeatures, first, end, kernel.lanes,
-                         kernel.sources);
-    const int64_t table = (kernel.grad_features_scratch(problem, set, parts.largest_block) + 15) / 16 * 16;
+    const PlanSet<A> set(problem, Purpose::kGradFeatures, first, end, kernel.lanes, kernel.sources);
+    const int64_t table =
+        (kernel.grad_features_scratch(problem, set, parts.largest_block) + 15) / 16 * 16;
     parallel_tasks(tasks, workers, [&](const auto& next) {
       const Scratch memory(sizeof(A) * static_cast<size_t>(table + (kScratch ? plane : 0)));
       for (int64_t task = next(); task < tasks; task = next()) {
@@ -112,7 +129,10 @@ void grad_features_typed(const Problem& problem) {
         describe_task(problem, parts, task, work);
         work.scratch = memory.template as<A>();
         work.plane = memory.template as<A>() + table;
-        if (first == 0) kernel.clear(work);
+        if (first == 0) {
+          prepare_planes<T>(work);
+          kernel.clear(work);
+        }
         for (const Group& group : set.groups()) {
           if (group.level != work.level || group.image != work.image) continue;
           work.plans = set.plans().data() + group.first;

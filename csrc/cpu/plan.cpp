@@ -305,15 +305,15 @@ class Planner {
     plan.planar = true;
     if (purpose_ != Purpose::kGradFeatures) {
       const Cells rows = tapped_cells(rows_);
-      plan.y = make_table(rows_.start.data(), rows.first, rows.end, rows_.pixels.data(),
-                          rows_.weight.data(), 0, slopes ? Padding::kNone : Padding::kSplit, 0,
-                          arena_);
+      plan.y =
+          make_table(rows_.start.data(), rows.first, rows.end, rows_.pixels.data(),
+                     rows_.weight.data(), 0, slopes ? Padding::kNone : Padding::kSplit, 0, arena_);
     }
     if (sample) {
       plan.packed = plan.vectors == 1 && 2 * cells <= lanes_ && sources_ > 1 ? 2 : 1;
-      plan.picks = pick_table(columns_.start.data(), cells, columns_.pixels.data(),
-                              columns_.weight.data(), nullptr, nullptr, plan.first_column,
-                              plan.packed);
+      plan.picks =
+          pick_table(columns_.start.data(), cells, columns_.pixels.data(), columns_.weight.data(),
+                     nullptr, nullptr, plan.first_column, plan.packed);
       list_unread(1, plan);
       return true;
     }
@@ -359,8 +359,7 @@ class Planner {
         const int32_t lane = (copy * rows + row) % lanes_, block = row / lanes_;
         for (int32_t tap = start[row]; tap < start[row + 1]; ++tap) {
           const int64_t v = int64_t{block} * table.taps + tap - start[row];
-          lane_index[v * lanes_ + lane] =
-              static_cast<uint8_t>(index[tap] - origin + copy * lanes_);
+          lane_index[v * lanes_ + lane] = static_cast<uint8_t>(index[tap] - origin + copy * lanes_);
           mask[v] = static_cast<uint16_t>(mask[v] | 1u << lane);
           for (int32_t s = 0; s < 3; ++s) {
             if (numbers[s] != nullptr) numbers[s][v * lanes_ + lane] = sources[s][tap];

@@ -64,9 +64,9 @@ struct LaneTable {
 template <class A>
 struct PickTable {
   int32_t blocks = 0, taps = 0;
-  const uint8_t* index = nullptr;  // [blocks][taps][lanes]
-  const uint16_t* mask = nullptr;  // [blocks][taps]
-  const A* weight = nullptr;       // [blocks][taps][lanes]
+  const uint8_t* index = nullptr;   // [blocks][taps][lanes]
+  const uint16_t* mask = nullptr;   // [blocks][taps]
+  const A* weight = nullptr;        // [blocks][taps][lanes]
   const A* slope_origin = nullptr;  // of grad_boxes only
   const A* slope_step = nullptr;
 };
@@ -168,8 +168,7 @@ class PlanSet {
   std::vector<Arena> arenas_;
   std::vector<const BoxPlan<A>*> order_;
   std::vector<Group> groups_;
-  int32_t max_vectors_ = 0, max_slots_ = 0, max_narrow_vectors_ = 0,
-          max_planar_vectors_ = 0;
+  int32_t max_vectors_ = 0, max_slots_ = 0, max_narrow_vectors_ = 0, max_planar_vectors_ = 0;
 };
 
 /// Boxes planned at a time: bounds the memory of tables, while a feature map is read from memory

@@ -5,6 +5,7 @@
 
 #include "cpu/dtypes.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/points.h"
 
@@ -22,10 +23,12 @@ void sample_typed(const Problem& problem) {
   const bool nchw = problem.layout == Layout::kNchw;
   const int64_t block = nchw ? kernel.lanes : problem.channels;
   const int64_t blocks = (problem.channels + block - 1) / block;
+  const int64_t outputs = problem.boxes * problem.channels * cells;
+  prepare_result(problem.pooled, outputs * static_cast<int64_t>(sizeof(pooled_t<T>)),
+                 workers_for(outputs));
   for (int64_t first = 0; first < problem.boxes; first += kPlanChunk) {
     const int64_t end = std::min(problem.boxes, first + kPlanChunk);
-    const PlanSet<A> set(problem, Purpose::kSample, first, end, kernel.lanes,
-                         kernel.sources);
+    const PlanSet<A> set(problem, Purpose::kSample, first, end, kernel.lanes, kernel.sources);
     const int64_t workers = workers_for((end - first) * problem.channels * cells);
     const int64_t wanted = workers == 1 ? 1
                            : nchw       ? (4 * workers + blocks - 1) / blocks

@@ -142,10 +142,9 @@ GLIMPSE_INLINE Vector<float> load_part(const half* from, int count) {
       0xffff, _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), from));
 }
 GLIMPSE_INLINE Vector<float> load_part(const bfloat16* from, int count) {
-  const __m256i bits =
-      _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), from);
-  return (Vector<float>)(_mm512_maskz_slli_epi32(
-      0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16));
+  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), from);
+  return (Vector<float>)(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits),
+                                                 16));
 }
 #elif GLIMPSE_VECTOR_BYTES == 32
 GLIMPSE_INLINE __m256i first_lanes(int count) {
@@ -224,8 +223,7 @@ struct PickLanes<double> {
   __mmask8 mask;
 
   GLIMPSE_MEMBER PickLanes from(const uint8_t* indices, uint16_t bits) {
-    return {_mm512_maskz_cvtepu8_epi64(0xff, _mm_loadu_si64(indices)),
-            static_cast<__mmask8>(bits)};
+    return {_mm512_maskz_cvtepu8_epi64(0xff, _mm_loadu_si64(indices)), static_cast<__mmask8>(bits)};
   }
 };
 
@@ -238,10 +236,10 @@ GLIMPSE_INLINE Vector<float> pick(const Vector<float>* sources, const PickLanes<
   } else {
     const __mmask16 high =
         _mm512_mask_test_epi32_mask(lanes.mask, lanes.index, _mm512_set1_epi32(32));
-    const __m512 low = _mm512_maskz_permutex2var_ps(lanes.mask & ~high, sources[0], lanes.index,
-                                                    sources[1]);
-    return _mm512_or_ps(
-        low, _mm512_maskz_permutex2var_ps(high, sources[2], lanes.index, sources[3]));
+    const __m512 low =
+        _mm512_maskz_permutex2var_ps(lanes.mask & ~high, sources[0], lanes.index, sources[1]);
+    return _mm512_or_ps(low,
+                        _mm512_maskz_permutex2var_ps(high, sources[2], lanes.index, sources[3]));
   }
 }
 template <int Sources>
@@ -253,10 +251,10 @@ GLIMPSE_INLINE Vector<double> pick(const Vector<double>* sources, const PickLane
   } else {
     const __mmask8 high =
         _mm512_mask_test_epi64_mask(lanes.mask, lanes.index, _mm512_set1_epi64(16));
-    const __m512d low = _mm512_maskz_permutex2var_pd(lanes.mask & ~high, sources[0], lanes.index,
-                                                     sources[1]);
-    return _mm512_or_pd(
-        low, _mm512_maskz_permutex2var_pd(high, sources[2], lanes.index, sources[3]));
+    const __m512d low =
+        _mm512_maskz_permutex2var_pd(lanes.mask & ~high, sources[0], lanes.index, sources[1]);
+    return _mm512_or_pd(low,
+                        _mm512_maskz_permutex2var_pd(high, sources[2], lanes.index, sources[3]));
   }
 }
 #elif GLIMPSE_VECTOR_BYTES == 32
