@@ -198,7 +198,7 @@ template <class T>
 void grad_boxes_narrow(const Work<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan,
                        BoxGradient& gradient);
 
-// Of apply_planes.h, for plans that say so.
+// Of apply_planes.h and apply_planes_grad.h, for plans that say so.
 template <class T>
 void sample_planes(const Work<acc_t<T>>& work);
 template <class T>
@@ -206,7 +206,7 @@ void grad_features_planar(const GradWork<acc_t<T>>& work, const BoxPlan<acc_t<T>
                           const BoxPlan<acc_t<T>>* following, const Plane<acc_t<T>>& plane);
 template <class T>
 void grad_boxes_planar(const BoxWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan,
-                       BoxGradient& gradient);
+                       const BoxPlan<acc_t<T>>* following, BoxGradient& gradient);
 
 }  // namespace
 
@@ -217,6 +217,7 @@ void grad_boxes_planar(const BoxWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& p
 // Need the functions above.
 #include "cpu/apply_narrow.h"
 #include "cpu/apply_planes.h"
+#include "cpu/apply_planes_grad.h"
 
 namespace {
 

@@ -98,7 +98,9 @@ void grad_boxes_nchw(const BoxWork<acc_t<T>>& work) {
       const int64_t left = work.channel + work.channels - part.channel;
       part.channels = left < planes ? left : planes;
       for (int64_t b = first; b < end; ++b) {
-        if (work.plans[b]->planar) grad_boxes_planar<T>(part, *work.plans[b], work.sums[b]);
+        if (!work.plans[b]->planar) continue;
+        grad_boxes_planar<T>(part, *work.plans[b], b + 1 < end ? work.plans[b + 1] : nullptr,
+                             work.sums[b]);
       }
     }
   }

@@ -305,9 +305,8 @@ class Planner {
     plan.planar = true;
     if (purpose_ != Purpose::kGradFeatures) {
       const Cells rows = tapped_cells(rows_);
-      plan.y =
-          make_table(rows_.start.data(), rows.first, rows.end, rows_.pixels.data(),
-                     rows_.weight.data(), 0, slopes ? Padding::kNone : Padding::kSplit, 0, arena_);
+      plan.y = make_table(rows_.start.data(), rows.first, rows.end, rows_.pixels.data(),
+                          rows_.weight.data(), 0, Padding::kSplit, 0, arena_);
     }
     if (sample) {
       plan.packed = plan.vectors == 1 && 2 * cells <= lanes_ && sources_ > 1 ? 2 : 1;
@@ -456,12 +455,18 @@ class Planner {
   }
 
   void add_slopes(const RowBuffer<A>& buffer, Table<A>& table) {
-    const int32_t skip = buffer.start[table.first];
-    const int32_t taps = buffer.start[table.end] - skip;
+    const int32_t taps = table.tap_end(table.end - 1);
     auto* origin = arena_.template allocate<A>(taps);
     auto* step = arena_.template allocate<A>(taps);
-    std::copy_n(buffer.slope_origin.data() + skip, taps, origin);
-    std::copy_n(buffer.slope_step.data() + skip, taps, step);
+    for (int32_t row = table.first; row < table.end; ++row) {
+      // A tap that pads a row has no slope of its own.
+      const int32_t from = buffer.start[row], count = buffer.start[row + 1] - from;
+      const int32_t to = table.tap_begin(row), padded = table.tap_end(row) - to;
+      std::copy_n(buffer.slope_origin.data() + from, count, origin + to);
+      std::copy_n(buffer.slope_step.data() + from, count, step + to);
+      std::fill_n(origin + to + count, padded - count, A(0));
+      std::fill_n(step + to + count, padded - count, A(0));
+    }
     table.slope_origin = origin;
     table.slope_step = step;
   }
