@@ -39,19 +39,18 @@ constexpr uint64_t kMostIssuesOfBlock = 200'000'000;
 
 // The order of both lists is that of sass.py.
 enum Kind : uint8_t { kNone, kReg, kUreg, kImm, kConst, kPred, kUpred, kAddress, kLabel, kBarrier };
-#define SASS_OPERATIONS(X)                                                                         \
-  X(ATOM)                                                                                          \
-  X(ATOMG) X(BAR) X(BRA) X(BREAK) X(BREV) X(BSSY) X(BSYNC) X(CALL) X(CS2R) X(DADD) X(DEPBAR)       \
-      X(DFMA) X(DMNMX) X(DMUL) X(DSETP) X(EXIT) X(F2F) X(F2FP) X(F2I) X(FADD) X(FCHK) X(FFMA)      \
-          X(FLO) X(FMNMX) X(FMUL) X(FRND) X(FSEL) X(FSET) X(FSETP) X(HADD2) X(HFMA2) X(HMUL2)      \
-              X(I2F) X(I2FP) X(IABS) X(IADD3) X(IMAD) X(IMNMX) X(ISETP) X(LD) X(LDC) X(LDG)        \
-                  X(LDGDEPBAR) X(LDGSTS) X(LDL) X(LDS) X(LEA) X(LOP3) X(MOV) X(MUFU) X(NOP) X(P2R) \
-                      X(PLOP3) X(POPC) X(PRMT) X(QSPC) X(R2P) X(R2UR) X(RED) X(REDG) X(RET) X(S2R) \
-                          X(S2UR) X(SEL) X(SHF) X(SHFL) X(ST) X(STG) X(STL) X(STS) X(UIADD3)       \
-                              X(UIMAD) X(UIMNMX) X(UISETP) X(ULDC) X(ULEA) X(ULOP3) X(UMOV)        \
-                                  X(UPLOP3) X(UPOPC) X(UPRMT) X(USEL) X(USHF) X(VIADD)             \
-                                      X(VIADDMNMX) X(VIMNMX) X(VOTE) X(VOTEU) X(WARPSYNC) X(YIELD) \
-                                          X(UNKNOWN)
+// clang-format off
+#define SASS_OPERATIONS(X) \
+  X(ATOM) X(ATOMG) X(BAR) X(BRA) X(BREAK) X(BREV) X(BSSY) X(BSYNC) X(CALL) X(CS2R) X(DADD) \
+  X(DEPBAR) X(DFMA) X(DMNMX) X(DMUL) X(DSETP) X(EXIT) X(F2F) X(F2FP) X(F2I) X(FADD) X(FCHK) \
+  X(FFMA) X(FLO) X(FMNMX) X(FMUL) X(FRND) X(FSEL) X(FSET) X(FSETP) X(HADD2) X(HFMA2) X(HMUL2) \
+  X(I2F) X(I2FP) X(IABS) X(IADD3) X(IMAD) X(IMNMX) X(ISETP) X(LD) X(LDC) X(LDG) X(LDGDEPBAR) \
+  X(LDGSTS) X(LDL) X(LDS) X(LEA) X(LOP3) X(MOV) X(MUFU) X(NOP) X(P2R) X(PLOP3) X(POPC) X(PRMT) \
+  X(QSPC) X(R2P) X(R2UR) X(RED) X(REDG) X(RET) X(S2R) X(S2UR) X(SEL) X(SHF) X(SHFL) X(ST) \
+  X(STG) X(STL) X(STS) X(UIADD3) X(UIMAD) X(UIMNMX) X(UISETP) X(ULDC) X(ULEA) X(ULOP3) X(UMOV) \
+  X(UPLOP3) X(UPOPC) X(UPRMT) X(USEL) X(USHF) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VOTE) X(VOTEU) \
+  X(WARPSYNC) X(YIELD) X(UNKNOWN)
+// clang-format on
 enum Operation : uint16_t {
 #define SASS_NAME(name) name,
   SASS_OPERATIONS(SASS_NAME)

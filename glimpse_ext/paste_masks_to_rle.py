@@ -17,6 +17,22 @@ _NAME = "paste_masks_to_rle"
 _runs = torch.ops.glimpse_ext._paste_masks_runs.default
 
 
+def _fake_runs(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, snapped: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = masks.shape[0]
+    text = torch.library.get_ctx().new_dynamic_size()
+    return (
+        masks.new_empty((text,), dtype=torch.uint8),
+        masks.new_empty((count, 1), dtype=torch.int64),
+        masks.new_empty((count, 1), dtype=torch.int64),
+        masks.new_empty((count, 4), dtype=torch.int64),
+    )
+
+
+torch.library.register_fake("glimpse_ext::_paste_masks_runs", _fake_runs)
+
+
 class RLE(TypedDict):
     """A mask in COCO's compressed run lengths, as pycocotools takes and gives it."""
 

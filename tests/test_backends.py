@@ -12,7 +12,7 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, nan
@@ -29,6 +29,7 @@ import glimpse_ext
 pytestmark = pytest.mark.skipif(_testing is None, reason="the test module is not in a wheel")
 
 SEEDS = 60
+EDGES = 60
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8]
 
 # Both backends add the same terms, one in double and one in the dtype of its sums, and then round
@@ -245,9 +246,43 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
-def failures(seed: int) -> list[str]:
+def draw_edges(seed: int) -> Call:
+    """Windows and outputs around whole numbers of vectors, and blocks of channels with a rest."""
+    rng = Random(seed)
+    numbers = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[seed % len(DTYPES)]
+    number = torch.float64 if dtype is torch.float64 else torch.float32
+    widths = [1, 3, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65]
+    ends = [1, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33]
+    width = rng.choice([2, 15, 16, 17, 33, 48, 65, 90])
+    output_size = (rng.randint(1, 15), rng.choice(ends))
+    rows = []
+    for w in rng.sample(widths, 6):
+        # A window of w columns: from the middle of the first one to that of the last one.
+        x = rng.choice([0, max(0, width - w), rng.randint(0, max(0, width - w))])
+        y, h = rng.uniform(-2, 20), rng.uniform(1, 25)
+        rows.append([x + 0.5, y, x + w - 0.5 + rng.choice([0, 0.25]), y + h])
+    channels = rng.choice([5, 9, 17, 20, 33])
+    pooled = torch.float32 if dtype is torch.uint8 else dtype
+    shape = (len(rows), channels, *output_size)
+    return Call(
+        features=[draw_map(rng, numbers, [1, channels, rng.randint(1, 40), width], dtype, False)],
+        grad=(torch.rand(shape, generator=numbers, dtype=torch.float64) * 2 - 1).to(pooled),
+        boxes=torch.tensor(rows, dtype=number),
+        image_index=torch.zeros(len(rows), dtype=torch.int64),
+        levels=None,
+        tangent=None,
+        axes=0,
+        output_size=output_size,
+        params=(float(rng.choice([0, 1, 2, 2, 3])), 1.0),
+        scales=[1.0],
+        level_rule=[],
+    )
+
+
+def failures(seed: int, draw: Callable[[int], Call]) -> list[str]:
     """How the CPU kernels differ from the simple ones, and from themselves on more threads."""
-    call = draw_call(seed)
+    call = draw(seed)
     dtype = call.features[0].dtype
     applications = {"sample": call.sample, "grad_boxes": call.grad_boxes}
     if dtype is not torch.uint8:
@@ -272,7 +307,9 @@ def failures(seed: int) -> list[str]:
         if name != "grad_features":
             expected, results = [expected], {n: [r] for n, r in results.items()}
         for i, wanted in enumerate(expected):
-            label = f"seed {seed}, {name}" + (f"[{i}]" if name == "grad_features" else "")
+            label = f"{draw.__name__}({seed}), {name}" + (
+                f"[{i}]" if name == "grad_features" else ""
+            )
             problem = difference(results[1][i], wanted, terms[name], dtype)
             if problem is not None:
                 found.append(f"{label}: {problem}; {call}")
@@ -290,7 +327,13 @@ def instruction_set() -> str:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_cpu_kernels_agree_with_plain_loops(seed: int) -> None:
-    found = failures(seed)
+    found = failures(seed, draw_call)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("seed", range(EDGES))
+def test_windows_and_outputs_around_whole_vectors(seed: int) -> None:
+    found = failures(seed, draw_edges)
     assert not found, "\n".join(found)
 
 
@@ -332,7 +375,8 @@ def main(isa: str, seeds: int) -> int:
     if instruction_set() != isa:
         print(f"wanted the kernels of {isa}, got {instruction_set()}")
         return 1
-    found = [line for seed in range(seeds) for line in failures(seed)]
+    found = [line for seed in range(seeds) for line in failures(seed, draw_call)]
+    found += [line for seed in range(min(seeds, EDGES)) for line in failures(seed, draw_edges)]
     print("\n".join(found))
     return 1 if found else 0
 

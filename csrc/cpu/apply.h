@@ -198,14 +198,26 @@ template <class T>
 void grad_boxes_narrow(const Work<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan,
                        BoxGradient& gradient);
 
+// Of apply_planes.h and apply_planes_grad.h, for plans that say so.
+template <class T>
+void sample_planes(const Work<acc_t<T>>& work);
+template <class T>
+void grad_features_planar(const GradWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan,
+                          const BoxPlan<acc_t<T>>* following, const Plane<acc_t<T>>& plane);
+template <class T>
+void grad_boxes_planar(const BoxWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan,
+                       const BoxPlan<acc_t<T>>* following, BoxGradient& gradient);
+
 }  // namespace
 
 #include "cpu/apply_grad_boxes.h"
 #include "cpu/apply_grad_features.h"
 #include "cpu/apply_paste.h"
 #include "cpu/apply_sample.h"
-// Needs the functions above.
+// Need the functions above.
 #include "cpu/apply_narrow.h"
+#include "cpu/apply_planes.h"
+#include "cpu/apply_planes_grad.h"
 
 namespace {
 
@@ -220,7 +232,7 @@ int64_t sample_scratch(const Problem& problem, const PlanSet<acc_t<T>>& plans) {
   if (problem.layout == Layout::kNhwc) return narrow;
   const int64_t wide =
       L * (2 * plans.max_vectors() * L + 1 + int64_t{rows_together(problem)} * problem.out_width);
-  return larger(wide, narrow);
+  return larger(larger(wide, narrow), planar_scratch<acc_t<T>>(problem, plans));
 }
 
 template <class T>
@@ -234,7 +246,7 @@ int64_t grad_features_scratch(const Problem& problem, const PlanSet<acc_t<T>>& p
   if (problem.layout == Layout::kNchw) {
     return larger(int64_t{rows_together(problem)} * (problem.out_width + 1) * L +
                       plans.max_vectors() * L * L * (int64_t{problem.out_height} + 2),
-                  narrow);
+                  larger(narrow, planar_scratch<acc_t<T>>(problem, plans)));
   }
   const int64_t width = (channels + L - 1) / L * L;
   // A last block with fewer channels expands more columns at a time, within the same bounds.
@@ -277,26 +289,30 @@ void grad_boxes(const BoxWork<acc_t<T>>& work) {
 template <class T>
 const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, uint8_t>) {
-    static constexpr Kernels<T> table = {
-        kLanes<float>,     sample_scratch<T>, nullptr,         grad_boxes_scratch<T>,
-        sample<T>,         nullptr,           nullptr,         nullptr,
-        grad_boxes<T>,     paste_spread<T>,   paste_values<T>, paste_bytes<float>,
-        paste_bits<float>, paste_sides<float>};
-    return table;
-  } else {
-    static constexpr Kernels<T> table = {kLanes<acc_t<T>>,
+    static constexpr Kernels<T> table = {kLanes<float>,
+                                         kPickSources<float>,
                                          sample_scratch<T>,
-                                         grad_features_scratch<T>,
+                                         nullptr,
                                          grad_boxes_scratch<T>,
                                          sample<T>,
-                                         clear_gradient<T>,
-                                         grad_features<T>,
-                                         convert_gradient<T>,
+                                         nullptr,
+                                         nullptr,
+                                         nullptr,
                                          grad_boxes<T>,
                                          paste_spread<T>,
                                          paste_values<T>,
-                                         paste_bytes<acc_t<T>>,
-                                         paste_bits<acc_t<T>>,
+                                         paste_bytes<float>,
+                                         paste_bits<float>,
+                                         paste_sides<float>};
+    return table;
+  } else {
+    static constexpr Kernels<T> table = {kLanes<acc_t<T>>,      kPickSources<acc_t<T>>,
+                                         sample_scratch<T>,     grad_features_scratch<T>,
+                                         grad_boxes_scratch<T>, sample<T>,
+                                         clear_gradient<T>,     grad_features<T>,
+                                         convert_gradient<T>,   grad_boxes<T>,
+                                         paste_spread<T>,       paste_values<T>,
+                                         paste_bytes<acc_t<T>>, paste_bits<acc_t<T>>,
                                          paste_sides<acc_t<T>>};
     return table;
   }
@@ -310,4 +326,6 @@ template const Kernels<uint8_t>& kernels();
 
 #undef GLIMPSE_WITH_UNIFORM
 #undef GLIMPSE_IN_GROUPS
+#undef GLIMPSE_WITH_TAPS
+#undef GLIMPSE_MEMBER
 #undef GLIMPSE_INLINE

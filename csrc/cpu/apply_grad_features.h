@@ -180,6 +180,10 @@ void grad_features_nchw(const GradWork<acc_t<T>>& work) {
       grad_features_narrow<T>(work, plan, plane);
       continue;
     }
+    if (plan.planar) {
+      grad_features_planar<T>(work, plan, b + 1 < work.count ? work.plans[b + 1] : nullptr, plane);
+      continue;
+    }
     if (plan.direct) {
       grad_cell_by_cell<T>(work, plan, plane, from);
       continue;

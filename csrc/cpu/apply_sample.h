@@ -149,8 +149,10 @@ void sample_nchw(const Work<acc_t<T>>& work) {
   const Problem& problem = *work.problem;
   const int64_t cells = cells_of(problem);
   const int32_t together = rows_together(problem);
+  sample_planes<T>(work);
   for (int64_t b = 0; b < work.count; ++b) {
     const BoxPlan<A>& plan = *work.plans[b];
+    if (plan.planar) continue;
     auto* to = static_cast<pooled_t<T>*>(problem.pooled) +
                (plan.box * problem.channels + work.channel) * cells;
     if (plan.empty) {

@@ -44,7 +44,7 @@ void grad_boxes_typed(const Problem& problem) {
   std::vector<BoxGradient> sums;
   for (int64_t first = 0; first < problem.boxes; first += kPlanChunk) {
     const int64_t end = std::min(problem.boxes, first + kPlanChunk);
-    const PlanSet<A> set(problem, Purpose::kGradBoxes, first, end, kernel.lanes);
+    const PlanSet<A> set(problem, Purpose::kGradBoxes, first, end, kernel.lanes, kernel.sources);
     // Boxes that read nothing stand last.
     const bool has_empty = set.groups().back().level < 0;
     const int64_t count = has_empty ? set.groups().back().first : end - first;

@@ -18,44 +18,45 @@ namespace {
 
 /// How the gradient of each level is split.
 struct Split {
-  int64_t block;                  // channels
-  int64_t blocks;                 // of all channels
+  int64_t block[kMaxLevels];   // channels
+  int64_t blocks[kMaxLevels];  // of all channels
+  int64_t largest_block;
   int32_t band[kMaxLevels];       // rows
   int64_t bands[kMaxLevels];      // of all rows
   int64_t begin[kMaxLevels + 1];  // first task of each level
 };
 
 template <class T>
-Split split(const Problem& problem, int64_t lanes, int64_t workers) {
-  constexpr bool kScratch = !std::is_same_v<T, acc_t<T>>;
+Split split(const Problem& problem, const Kernels<T>& kernel, int64_t workers) {
+  using A = acc_t<T>;
+  constexpr bool kScratch = !std::is_same_v<T, A>;
   const bool nchw = problem.layout == Layout::kNchw;
   const int64_t maps = problem.batch * problem.levels;
   Split result;
-  if (nchw) {
-    result.block = lanes;
-  } else {
-    // Long runs of channels suit memory; fewer than 32 would share cache lines between tasks.
-    result.block = kScratch ? 64 : 128;
-    while (result.block > 32 && maps * (problem.channels / result.block) < 2 * workers) {
-      result.block /= 2;
-    }
-  }
-  result.blocks = (problem.channels + result.block - 1) / result.block;
-  const int64_t wanted =
-      workers == 1 ? 1 : (4 * workers + maps * result.blocks - 1) / (maps * result.blocks);
+  // Long runs of channels suit memory; fewer than 32 would share cache lines between tasks.
+  int64_t block = nchw ? kernel.lanes : kScratch ? 64 : 128;
+  while (!nchw && block > 32 && maps * (problem.channels / block) < 2 * workers) block /= 2;
+  const bool planar = nchw && problem.out_width <= std::min(kernel.sources, 2) * kernel.lanes;
   result.begin[0] = 0;
+  result.largest_block = 0;
   for (int32_t l = 0; l < problem.levels; ++l) {
     const Level& level = problem.level[l];
+    result.block[l] =
+        planar ? planes_together(level, block, static_cast<int64_t>(sizeof(A))) : block;
+    result.largest_block = std::max(result.largest_block, result.block[l]);
+    const int64_t blocks = (problem.channels + result.block[l] - 1) / result.block[l];
+    result.blocks[l] = blocks;
+    const int64_t wanted = workers == 1 ? 1 : (4 * workers + maps * blocks - 1) / (maps * blocks);
     int64_t rows = std::max<int64_t>((level.height + wanted - 1) / wanted, 16);
     if (kScratch && !nchw) {
       constexpr int64_t kScratchElements = 1 << 19;
-      rows = std::min(
-          rows, std::max<int64_t>(8, kScratchElements / (result.block * std::max(level.width, 1))));
+      rows = std::min(rows,
+                      std::max<int64_t>(8, kScratchElements / (block * std::max(level.width, 1))));
     }
     result.band[l] = static_cast<int32_t>(std::min<int64_t>(rows, std::max(level.height, 1)));
     // A map without pixels has no task.
     result.bands[l] = level.width == 0 ? 0 : (level.height + result.band[l] - 1) / result.band[l];
-    result.begin[l + 1] = result.begin[l] + problem.batch * result.blocks * result.bands[l];
+    result.begin[l + 1] = result.begin[l] + problem.batch * blocks * result.bands[l];
   }
   return result;
 }
@@ -67,12 +68,12 @@ void describe_task(const Problem& problem, const Split& split, int64_t task, Gra
   while (task >= split.begin[l + 1]) ++l;
   task -= split.begin[l];
   const int64_t band = task % split.bands[l];
-  const int64_t block = task / split.bands[l] % split.blocks;
+  const int64_t block = task / split.bands[l] % split.blocks[l];
   work.problem = &problem;
   work.level = l;
-  work.image = task / split.bands[l] / split.blocks;
-  work.channel = block * split.block;
-  work.channels = std::min(split.block, problem.channels - work.channel);
+  work.image = task / split.bands[l] / split.blocks[l];
+  work.channel = block * split.block[l];
+  work.channels = std::min(split.block[l], problem.channels - work.channel);
   work.first_row = static_cast<int32_t>(band * split.band[l]);
   work.end_row = std::min(work.first_row + split.band[l], problem.level[l].height);
 }
@@ -82,16 +83,16 @@ void grad_features_typed(const Problem& problem) {
   using A = acc_t<T>;
   constexpr bool kScratch = !std::is_same_v<T, A>;
   const Kernels<T>& kernel = kernels<T>();
-  int64_t pixels = 0, largest_band = 0;
+  int64_t pixels = 0, plane = 0;  // elements that a task owns
   for (int32_t l = 0; l < problem.levels; ++l) {
     pixels += int64_t{problem.level[l].height} * problem.level[l].width;
   }
   const int64_t cells = int64_t{problem.out_height} * problem.out_width;
   const int64_t workers =
       workers_for(problem.channels * (pixels * problem.batch + 4 * cells * problem.boxes));
-  const Split parts = split<T>(problem, kernel.lanes, workers);
+  const Split parts = split<T>(problem, kernel, workers);
   for (int32_t l = 0; l < problem.levels; ++l) {
-    largest_band = std::max(largest_band, int64_t{parts.band[l]} * problem.level[l].width);
+    plane = std::max(plane, parts.block[l] * parts.band[l] * problem.level[l].width);
   }
   const int64_t tasks = parts.begin[problem.levels];
   const int64_t boxes = cells == 0 ? 0 : problem.boxes;
@@ -100,11 +101,11 @@ void grad_features_typed(const Problem& problem) {
   int64_t first = 0;
   do {
     const int64_t end = std::min(boxes, first + chunk);
-    const PlanSet<A> set(problem, Purpose::kGradFeatures, first, end, kernel.lanes);
-    const int64_t table = (kernel.grad_features_scratch(problem, set, parts.block) + 15) / 16 * 16;
-    const int64_t plane = kScratch ? largest_band * parts.block : 0;
+    const PlanSet<A> set(problem, Purpose::kGradFeatures, first, end, kernel.lanes, kernel.sources);
+    const int64_t table =
+        (kernel.grad_features_scratch(problem, set, parts.largest_block) + 15) / 16 * 16;
     parallel_tasks(tasks, workers, [&](const auto& next) {
-      const Scratch memory(sizeof(A) * static_cast<size_t>(table + plane));
+      const Scratch memory(sizeof(A) * static_cast<size_t>(table + (kScratch ? plane : 0)));
       for (int64_t task = next(); task < tasks; task = next()) {
         GradWork<A> work;
         describe_task(problem, parts, task, work);

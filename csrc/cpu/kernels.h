@@ -68,7 +68,8 @@ struct PasteBlock {
 template <class T>
 struct Kernels {
   using A = acc_t<T>;
-  int32_t lanes;  // of a vector of A
+  int32_t lanes;    // of a vector of A
+  int32_t sources;  // vectors that a lane can pick from
   /// Scratch that each kernel needs, in elements of A.
   int64_t (*sample_scratch)(const Problem&, const PlanSet<A>&);
   int64_t (*grad_features_scratch)(const Problem&, const PlanSet<A>&, int64_t channels);

@@ -142,8 +142,8 @@ Table<A> make_table(const int32_t* start, int32_t first, int32_t end, const int3
 template <class A>
 class Planner {
  public:
-  Planner(const Problem& problem, Purpose purpose, int32_t lanes, Arena& arena)
-      : problem_(problem), purpose_(purpose), lanes_(lanes), arena_(arena) {}
+  Planner(const Problem& problem, Purpose purpose, int32_t lanes, int32_t sources, Arena& arena)
+      : problem_(problem), purpose_(purpose), lanes_(lanes), sources_(sources), arena_(arena) {}
 
   void plan(int64_t k, BoxPlan<A>& plan) {
     const Box<A> box = read_box<A>(problem_, k);
@@ -154,7 +154,7 @@ class Planner {
     plan.direct = false;
     plan.column_mask = nullptr;
     plan.unread_count = 0;
-    plan.narrow = false;
+    plan.narrow = plan.planar = false;
     if (box.level < 0) return;
     const Level& level = problem_.level[box.level];
     const BoxAxis<A> along_y = box_axis(problem_, box, kY);
@@ -168,6 +168,7 @@ class Planner {
     plan.empty = false;
     if (plan_narrow(level, plan)) return;
     choose_window(along_x.size, plan);
+    if (plan_planar(plan)) return;
     const bool transpose = purpose_ != Purpose::kSample && !plan.direct;
     const bool nchw = problem_.layout == Layout::kNchw;
     const bool pad = nchw && !plan.direct && purpose_ == Purpose::kSample;
@@ -294,6 +295,85 @@ class Planner {
     return true;
   }
 
+  /// Plans a box for kernels that take a plane after the other, if a row of its window (sample) or
+  /// of its cells (gradients) fits into the vectors that lanes pick from.
+  bool plan_planar(BoxPlan<A>& plan) {
+    if (problem_.layout == Layout::kNhwc || plan.direct) return false;
+    const bool sample = purpose_ == Purpose::kSample, slopes = purpose_ == Purpose::kGradBoxes;
+    const int32_t cells = problem_.out_width;
+    if (sample ? plan.vectors > sources_ : cells > std::min(sources_, 2) * lanes_) return false;
+    plan.planar = true;
+    if (purpose_ != Purpose::kGradFeatures) {
+      const Cells rows = tapped_cells(rows_);
+      plan.y = make_table(rows_.start.data(), rows.first, rows.end, rows_.pixels.data(),
+                          rows_.weight.data(), 0, Padding::kSplit, 0, arena_);
+    }
+    if (sample) {
+      plan.packed = plan.vectors == 1 && 2 * cells <= lanes_ && sources_ > 1 ? 2 : 1;
+      plan.picks =
+          pick_table(columns_.start.data(), cells, columns_.pixels.data(), columns_.weight.data(),
+                     nullptr, nullptr, plan.first_column, plan.packed);
+      list_unread(1, plan);
+      return true;
+    }
+    const int32_t columns = plan.vectors * lanes_;
+    sort_by_pixel(columns_, plan.first_column, columns);
+    plan.picks = pick_table(start_.data(), columns, cell_.data(), weight_.data(),
+                            slopes ? slope_origin_.data() : nullptr,
+                            slopes ? slope_step_.data() : nullptr, 0, 1);
+    if (slopes) {
+      add_slopes(rows_, plan.y);
+      plan.column_mask = column_mask(plan);
+    } else {
+      plan.y_transposed = transposed(rows_, true);
+    }
+    return true;
+  }
+
+  /// Rows start[i]..start[i + 1] as lanes that pick index - origin. Where rows are packed, a vector
+  /// holds `packed` times all of them, and each time they pick from the next source.
+  PickTable<A> pick_table(const int32_t* start, int32_t rows, const int32_t* index, const A* weight,
+                          const A* slope_origin, const A* slope_step, int32_t origin,
+                          int32_t packed) {
+    PickTable<A> table;
+    table.blocks = (rows + lanes_ - 1) / lanes_;
+    table.taps = 1;
+    for (int32_t row = 0; row < rows; ++row) {
+      table.taps = std::max(table.taps, start[row + 1] - start[row]);
+    }
+    const int64_t vectors = int64_t{table.blocks} * table.taps;
+    const A* sources[3] = {weight, slope_origin, slope_step};
+    A* numbers[3] = {};
+    for (int32_t s = 0; s < 3; ++s) {
+      if (sources[s] == nullptr) continue;
+      numbers[s] = arena_.template allocate<A>(vectors * lanes_);
+      std::fill_n(numbers[s], vectors * lanes_, A(0));
+    }
+    auto* lane_index = arena_.template allocate<uint8_t>(vectors * lanes_);
+    auto* mask = arena_.template allocate<uint16_t>(vectors);
+    std::fill_n(lane_index, vectors * lanes_, uint8_t{0});
+    std::fill_n(mask, vectors, uint16_t{0});
+    for (int32_t copy = 0; copy < packed; ++copy) {
+      for (int32_t row = 0; row < rows; ++row) {
+        const int32_t lane = (copy * rows + row) % lanes_, block = row / lanes_;
+        for (int32_t tap = start[row]; tap < start[row + 1]; ++tap) {
+          const int64_t v = int64_t{block} * table.taps + tap - start[row];
+          lane_index[v * lanes_ + lane] = static_cast<uint8_t>(index[tap] - origin + copy * lanes_);
+          mask[v] = static_cast<uint16_t>(mask[v] | 1u << lane);
+          for (int32_t s = 0; s < 3; ++s) {
+            if (numbers[s] != nullptr) numbers[s][v * lanes_ + lane] = sources[s][tap];
+          }
+        }
+      }
+    }
+    table.index = lane_index;
+    table.mask = mask;
+    table.weight = numbers[0];
+    table.slope_origin = numbers[1];
+    table.slope_step = numbers[2];
+    return table;
+  }
+
   /// Rows start[i]..start[i + 1] as lanes. Each row becomes `interleave` lanes, and a tap at index
   /// i one at i * interleave + lane - origin. `before` empty lanes come first.
   LaneTable<A> lane_table(const int32_t* start, int32_t rows, const int32_t* index, const A* weight,
@@ -375,12 +455,18 @@ class Planner {
   }
 
   void add_slopes(const RowBuffer<A>& buffer, Table<A>& table) {
-    const int32_t skip = buffer.start[table.first];
-    const int32_t taps = buffer.start[table.end] - skip;
+    const int32_t taps = table.tap_end(table.end - 1);
     auto* origin = arena_.template allocate<A>(taps);
     auto* step = arena_.template allocate<A>(taps);
-    std::copy_n(buffer.slope_origin.data() + skip, taps, origin);
-    std::copy_n(buffer.slope_step.data() + skip, taps, step);
+    for (int32_t row = table.first; row < table.end; ++row) {
+      // A tap that pads a row has no slope of its own.
+      const int32_t from = buffer.start[row], count = buffer.start[row + 1] - from;
+      const int32_t to = table.tap_begin(row), padded = table.tap_end(row) - to;
+      std::copy_n(buffer.slope_origin.data() + from, count, origin + to);
+      std::copy_n(buffer.slope_step.data() + from, count, step + to);
+      std::fill_n(origin + to + count, padded - count, A(0));
+      std::fill_n(step + to + count, padded - count, A(0));
+    }
     table.slope_origin = origin;
     table.slope_step = step;
   }
@@ -393,11 +479,15 @@ class Planner {
     next_.assign(start_.begin(), start_.end() - 1);
     cell_.resize(buffer.pixels.size());
     weight_.resize(buffer.pixels.size());
+    slope_origin_.resize(buffer.pixels.size());
+    slope_step_.resize(buffer.pixels.size());
     for (int32_t cell = 0; cell < buffer.cells(); ++cell) {
       for (int32_t tap = buffer.start[cell]; tap < buffer.start[cell + 1]; ++tap) {
         const int32_t at = next_[buffer.pixels[tap] - first]++;
         cell_[at] = cell;
         weight_[at] = buffer.weight[tap];
+        slope_origin_[at] = buffer.slope_origin[tap];
+        slope_step_[at] = buffer.slope_step[tap];
       }
     }
   }
@@ -456,25 +546,25 @@ class Planner {
 
   const Problem& problem_;
   const Purpose purpose_;
-  const int32_t lanes_;
+  const int32_t lanes_, sources_;
   Arena& arena_;
   RowBuffer<A> rows_, columns_;
   std::vector<int32_t> start_, next_, cell_, targets_;
-  std::vector<A> weight_;
+  std::vector<A> weight_, slope_origin_, slope_step_;
 };
 
 }  // namespace
 
 template <class A>
 PlanSet<A>::PlanSet(const Problem& problem, Purpose purpose, int64_t first, int64_t end,
-                    int32_t lanes)
+                    int32_t lanes, int32_t sources)
     : boxes_(static_cast<size_t>(end - first)) {
   const int64_t count = end - first;
   constexpr int64_t kGrain = 64;
   arenas_.resize(static_cast<size_t>((count + kGrain - 1) / kGrain));
   parallel_for(0, static_cast<int64_t>(arenas_.size()), 1, [&](int64_t begin, int64_t stop) {
     for (int64_t part = begin; part < stop; ++part) {
-      Planner<A> planner(problem, purpose, lanes, arenas_[part]);
+      Planner<A> planner(problem, purpose, lanes, sources, arenas_[part]);
       for (int64_t i = part * kGrain; i < std::min(count, (part + 1) * kGrain); ++i) {
         planner.plan(first + i, boxes_[i]);
       }
@@ -501,6 +591,8 @@ PlanSet<A>::PlanSet(const Problem& problem, Purpose purpose, int64_t first, int6
     if (plan.empty) continue;
     if (plan.narrow) {
       max_narrow_vectors_ = std::max(max_narrow_vectors_, plan.vectors);
+    } else if (plan.planar) {
+      max_planar_vectors_ = std::max(max_planar_vectors_, plan.vectors);
     } else if (!plan.direct) {
       max_vectors_ = std::max(max_vectors_, plan.vectors);
       max_slots_ = std::max(max_slots_, plan.slots);

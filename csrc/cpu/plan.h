@@ -59,6 +59,18 @@ struct LaneTable {
   const A* row_mask = nullptr;  // [lanes] of each block: all bits set where a row has taps
 };
 
+/// A sparse matrix whose rows are lanes that pick out of a few vectors in registers, see pick() of
+/// simd.h. All rows have `taps` taps; one that is missing has no bit in its mask.
+template <class A>
+struct PickTable {
+  int32_t blocks = 0, taps = 0;
+  const uint8_t* index = nullptr;   // [blocks][taps][lanes]
+  const uint16_t* mask = nullptr;   // [blocks][taps]
+  const A* weight = nullptr;        // [blocks][taps][lanes]
+  const A* slope_origin = nullptr;  // of grad_boxes only
+  const A* slope_step = nullptr;
+};
+
 /// Longest rows that are padded to one length, and that kernels are specialised for.
 constexpr int32_t kMaxUniform = 6;
 /// Wider windows and outputs are served cell by cell, so that scratch stays small.
@@ -73,6 +85,7 @@ struct BoxPlan {
   bool empty;   // reads nothing
   bool direct;  // serve cell by cell: few cells of a wide window, or too much for scratch
   bool narrow;  // few channels: lanes are cells or columns; see Note [Cells in lanes] of apply.h
+  bool planar;  // channel by channel; see Note [One plane at a time] of apply_planes.h
 
   /// kNchw and narrow (there in elements: columns of all channels that lie between): the window,
   /// `vectors` vectors of pixels from first_column on, of which the last one may read `last_valid`
@@ -89,6 +102,9 @@ struct BoxPlan {
   const A* column_mask;   // kNchw, grad_boxes: all bits set where a column is touched
   const int32_t* unread;  // sample: cells along x that read nothing, where the fill is not 0
   int32_t unread_count;
+
+  PickTable<A> picks;  // planar: of the cells, or (gradients) of the columns of the window
+  int32_t packed;      // planar, sample: rows of cells in a vector
 
   LaneTable<A> lanes;  // narrow: of the cells (elements of a row of cells); grad_features: columns
 
@@ -130,30 +146,44 @@ struct Group {
 template <class A>
 class PlanSet {
  public:
-  /// `lanes`: pixels in a vector of the kernels that will apply the plans.
-  PlanSet(const Problem& problem, Purpose purpose, int64_t first, int64_t end, int32_t lanes);
+  /// `lanes`: pixels in a vector of the kernels that will apply the plans; `sources`: vectors that
+  /// their lanes can pick from.
+  PlanSet(const Problem& problem, Purpose purpose, int64_t first, int64_t end, int32_t lanes,
+          int32_t sources);
 
   /// Grouped by level and image; in box order inside a group. Boxes that read nothing stand last,
   /// in a group of level -1.
   const std::vector<const BoxPlan<A>*>& plans() const { return order_; }
   const std::vector<Group>& groups() const { return groups_; }
-  /// Over all plans that are neither empty nor direct nor narrow.
+  /// Over all plans that are neither empty nor direct nor narrow, planar ones apart.
   int32_t max_vectors() const { return max_vectors_; }
   int32_t max_slots() const { return max_slots_; }
   /// Over all narrow plans; 0 where there is none.
   int32_t max_narrow_vectors() const { return max_narrow_vectors_; }
+  /// Over all planar plans; 0 where there is none.
+  int32_t max_planar_vectors() const { return max_planar_vectors_; }
 
  private:
   std::vector<BoxPlan<A>> boxes_;
   std::vector<Arena> arenas_;
   std::vector<const BoxPlan<A>*> order_;
   std::vector<Group> groups_;
-  int32_t max_vectors_ = 0, max_slots_ = 0, max_narrow_vectors_ = 0;
+  int32_t max_vectors_ = 0, max_slots_ = 0, max_narrow_vectors_ = 0, max_planar_vectors_ = 0;
 };
 
 /// Boxes planned at a time: bounds the memory of tables, while a feature map is read from memory
 /// once per chunk.
 constexpr int64_t kPlanChunk = 8192;
+
+/// Bytes of planes that all boxes are served on before the next ones: a part of an L2 cache.
+constexpr int64_t kPlaneBytes = 256 * 1024;
+
+/// Planes of a map, of elements of `size` bytes, that stay in the cache together; at most `most`.
+inline int64_t planes_together(const Level& level, int64_t most, int64_t size) {
+  const int64_t bytes = int64_t{level.height} * level.width * size;
+  const int64_t fit = bytes == 0 ? most : kPlaneBytes / bytes;
+  return fit < 1 ? 1 : fit < most ? fit : most;
+}
 
 /// Uninitialised memory at vector alignment.
 class Scratch {

@@ -24,7 +24,7 @@ void sample_typed(const Problem& problem) {
   const int64_t blocks = (problem.channels + block - 1) / block;
   for (int64_t first = 0; first < problem.boxes; first += kPlanChunk) {
     const int64_t end = std::min(problem.boxes, first + kPlanChunk);
-    const PlanSet<A> set(problem, Purpose::kSample, first, end, kernel.lanes);
+    const PlanSet<A> set(problem, Purpose::kSample, first, end, kernel.lanes, kernel.sources);
     const int64_t workers = workers_for((end - first) * problem.channels * cells);
     const int64_t wanted = workers == 1 ? 1
                            : nchw       ? (4 * workers + blocks - 1) / blocks

@@ -23,6 +23,7 @@ struct LaneIntegers {
 };
 
 #define GLIMPSE_INLINE static inline __attribute__((always_inline))
+#define GLIMPSE_MEMBER static __attribute__((always_inline))
 
 template <class A>
 GLIMPSE_INLINE Vector<A> broadcast(A value) {
@@ -130,6 +131,21 @@ GLIMPSE_INLINE Vector<float> load_part(const float* from, int count) {
 GLIMPSE_INLINE void store_part(float* to, Vector<float> v, int count) {
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1u), v);
 }
+GLIMPSE_INLINE Vector<double> load_part(const double* from, int count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1u), from);
+}
+GLIMPSE_INLINE void store_part(double* to, Vector<double> v, int count) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1u), v);
+}
+GLIMPSE_INLINE Vector<float> load_part(const half* from, int count) {
+  return _mm512_maskz_cvtph_ps(
+      0xffff, _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), from));
+}
+GLIMPSE_INLINE Vector<float> load_part(const bfloat16* from, int count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), from);
+  return (Vector<float>)(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits),
+                                                 16));
+}
 #elif GLIMPSE_VECTOR_BYTES == 32
 GLIMPSE_INLINE __m256i first_lanes(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -173,6 +189,106 @@ GLIMPSE_INLINE Vector<A> pick_far(const A* from, const int32_t* index) {
   for (int lane = 0; lane < kLanes<A>; ++lane) v[lane] = from[index[lane]];
   return v;
 }
+
+// Lanes that pick out of vectors in registers: lane i takes number index[i] of its sources laid end
+// to end, and is zero where bit i of the mask is not set.
+
+/// Most vectors that a lane can pick from; 0 where the instruction set has no such permutation.
+#if GLIMPSE_VECTOR_BYTES == 64
+template <class A>
+constexpr int kPickSources = 4;
+#elif GLIMPSE_VECTOR_BYTES == 32
+template <class A>
+constexpr int kPickSources = sizeof(A) == sizeof(float) ? 2 : 0;
+#else
+template <class A>
+constexpr int kPickSources = 0;
+#endif
+
+#if GLIMPSE_VECTOR_BYTES == 64
+template <class A>
+struct PickLanes;
+template <>
+struct PickLanes<float> {
+  __m512i index;
+  __mmask16 mask;
+
+  GLIMPSE_MEMBER PickLanes from(const uint8_t* indices, uint16_t bits) {
+    return {_mm512_maskz_cvtepu8_epi32(0xffff, load_bits<__m128i>(indices)), bits};
+  }
+};
+template <>
+struct PickLanes<double> {
+  __m512i index;
+  __mmask8 mask;
+
+  GLIMPSE_MEMBER PickLanes from(const uint8_t* indices, uint16_t bits) {
+    return {_mm512_maskz_cvtepu8_epi64(0xff, _mm_loadu_si64(indices)), static_cast<__mmask8>(bits)};
+  }
+};
+
+template <int Sources>
+GLIMPSE_INLINE Vector<float> pick(const Vector<float>* sources, const PickLanes<float>& lanes) {
+  if constexpr (Sources == 1) {
+    return _mm512_maskz_permutexvar_ps(lanes.mask, lanes.index, sources[0]);
+  } else if constexpr (Sources == 2) {
+    return _mm512_maskz_permutex2var_ps(lanes.mask, sources[0], lanes.index, sources[1]);
+  } else {
+    const __mmask16 high =
+        _mm512_mask_test_epi32_mask(lanes.mask, lanes.index, _mm512_set1_epi32(32));
+    const __m512 low =
+        _mm512_maskz_permutex2var_ps(lanes.mask & ~high, sources[0], lanes.index, sources[1]);
+    return _mm512_or_ps(low,
+                        _mm512_maskz_permutex2var_ps(high, sources[2], lanes.index, sources[3]));
+  }
+}
+template <int Sources>
+GLIMPSE_INLINE Vector<double> pick(const Vector<double>* sources, const PickLanes<double>& lanes) {
+  if constexpr (Sources == 1) {
+    return _mm512_maskz_permutexvar_pd(lanes.mask, lanes.index, sources[0]);
+  } else if constexpr (Sources == 2) {
+    return _mm512_maskz_permutex2var_pd(lanes.mask, sources[0], lanes.index, sources[1]);
+  } else {
+    const __mmask8 high =
+        _mm512_mask_test_epi64_mask(lanes.mask, lanes.index, _mm512_set1_epi64(16));
+    const __m512d low =
+        _mm512_maskz_permutex2var_pd(lanes.mask & ~high, sources[0], lanes.index, sources[1]);
+    return _mm512_or_pd(low,
+                        _mm512_maskz_permutex2var_pd(high, sources[2], lanes.index, sources[3]));
+  }
+}
+#elif GLIMPSE_VECTOR_BYTES == 32
+template <class A>
+struct PickLanes {
+  __m256i index;
+  __m256 mask;
+
+  GLIMPSE_MEMBER PickLanes from(const uint8_t* indices, uint16_t bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(bits), bit);
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(indices))),
+            _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit))};
+  }
+};
+
+template <int Sources>
+GLIMPSE_INLINE Vector<float> pick(const Vector<float>* sources, const PickLanes<float>& lanes) {
+  __m256 v = _mm256_permutevar8x32_ps(sources[0], lanes.index);
+  if constexpr (Sources == 2) {
+    const __m256 high = _mm256_permutevar8x32_ps(sources[1], lanes.index);
+    v = _mm256_blendv_ps(v, high, _mm256_castsi256_ps(_mm256_slli_epi32(lanes.index, 28)));
+  }
+  return _mm256_and_ps(v, lanes.mask);
+}
+#else
+// Named where no lane picks, but never used.
+template <class A>
+struct PickLanes {
+  static PickLanes from(const uint8_t*, uint16_t) { return {}; }
+};
+template <int Sources, class A>
+Vector<A> pick(const Vector<A>* sources, const PickLanes<A>& lanes);
+#endif
 
 /// Clears the lanes whose mask bits are 0. Not a product: 0 * NaN is NaN.
 template <class A>
