@@ -253,6 +253,15 @@ def test_a_peer_beyond_patience_is_left_out():
     assert all("forward takes" in peer["left_out"] for peer in row["peers"].values())
 
 
+def test_a_peer_that_a_target_is_about_is_waited_for():
+    needed = suite.Comparison("W1", "grid_sample", "cpu", "float32", "contiguous", 1)
+    assert needed in targets.COMPARISONS
+    plan = tiny_plan("W1", directions=("forward",), patience=0.0, needed=frozenset({needed}))
+    rows = {row["layout"]: row for row in bench.run(plan)["rows"]}
+    assert "ratio" in rows["contiguous"]["peers"]["grid_sample"]
+    assert "left_out" in rows["channels_last"]["peers"]["grid_sample"]
+
+
 # Measuring
 
 

@@ -38,6 +38,12 @@ def test_the_support_matrix_is_what_tests_cover():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_speed_is_what_was_measured():
+    """Tables are those of the stored results, and whatever misses its target is explained."""
+    result = run(DOCS / "speed.py", "--check")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("page", ["coordinates.md", "borders.md"])
 def test_worked_examples(page):
     """Every example of the page, one after the other, as it is printed there."""

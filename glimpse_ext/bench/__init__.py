@@ -109,7 +109,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=2.0,
         metavar="SECONDS",
-        help="leave out peers whose forward takes longer (default: %(default)s)",
+        help="leave out peers whose forward takes longer, except where a target is about them "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--quick",
@@ -192,6 +193,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         rounds=arguments.rounds,
         minutes=arguments.minutes,
         patience=arguments.patience,
+        needed=frozenset() if arguments.quick or arguments.tiny else targets.COMPARISONS,
     )
     if arguments.quick:
         short = tuple(d for d in directions if d in ("forward", "backward")) or directions
@@ -277,6 +279,7 @@ def run(
         rows = runner.run(progress)
         results["seconds"] = bar.format_dict["elapsed"]
     plan_facts = dataclasses.asdict(plan)
+    del plan_facts["needed"]
     for part in plan_facts["parts"]:
         part["workloads"] = [work["name"] for work in part["workloads"]]
     plan_facts["workloads"] = {w.name: dataclasses.asdict(w) for w in plan.workloads}

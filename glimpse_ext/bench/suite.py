@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,17 @@ class Part:
     directions: tuple[str, ...] = DIRECTIONS
 
 
+class Comparison(NamedTuple):
+    """A peer in one setting."""
+
+    workload: str
+    peer: str
+    device: str
+    dtype: str
+    layout: str
+    threads: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to run and how long."""
@@ -79,6 +90,7 @@ class Plan:
     minutes: float | None = None  # for all rows together
     stops: bool = False  # after these minutes, with the rows that there are
     patience: float = 10.0  # a peer whose forward takes longer is left out
+    needed: frozenset[Comparison] = frozenset()  # unless it is one of these
     compile_patience: float = 60.0
 
     def settings(self, devices: Mapping[str, Device]) -> Iterator[Setting]:
@@ -551,13 +563,18 @@ class Runner:
                     self._compile(peer, setting, maps, boxes)
                 else:
                     seconds = _forecast(peer.make, setting, maps, boxes)
-                    if seconds > self.plan.patience:
+                    if seconds > self.plan.patience and not self._needs(peer, setting):
                         raise TooSlow(f"a forward takes about {seconds:.0f} s")
             except (RuntimeError, NotImplementedError, ImportError) as error:
                 left_out[peer.name] = {"left_out": _first_line(error)}
                 continue
             candidates[peer.name] = Candidate(peer.make, peer)
         return candidates, left_out
+
+    def _needs(self, peer: Peer, setting: Setting) -> bool:
+        work, device = setting.work.name, setting.device.name
+        dtype, layout, threads = setting.dtype_name, setting.layout, setting.threads
+        return Comparison(work, peer.name, device, dtype, layout, threads) in self.plan.needed
 
     def _compiles(self, setting: Setting) -> bool:
         """Compilations take a minute, so they are not made for each layout and thread number."""

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tables of docs/speed.md and the README's part of them, from results that were measured.
+
+    python docs/speed.py            prints what is missed
+    python docs/speed.py --check    fails where a page or an explanation is not that of the results
+    python docs/speed.py --update   writes tables and plot
+
+Results are the newest files of benchmarks/results made by `glimpse-ext bench`: `*-cpu.json`, the
+same with huge pages (`*-cpu-huge-pages.json`) and with AVX2 only (`*-cpu-avx2.json`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from glimpse_ext.bench import report, targets
+from glimpse_ext.bench.plot import plot
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = {
+    "cpu": "As installed",
+    "cpu-huge-pages": "Large results in huge pages (`GLIMPSE_HUGE_PAGES=1`)",
+    "cpu-avx2": "Without AVX-512 (`GLIMPSE_ISA=avx2`)",
+}
+# In docs/speed.md alone.
+NOT_IN_README = ("W1s", "W6b", "W6d", "W8b", "W11a", "W11b", "W12")
+
+# Why a target is missed, by run, workload, direction and what it is against.
+WHY: dict[tuple[str, str, str, str], str] = {}
+
+
+def newest(run: str) -> Path:
+    found = sorted(RESULTS.glob(f"????-??-??-{run}.json"))
+    if not found:
+        raise SystemExit(f"benchmarks/results has no file of {run}")
+    return found[-1]
+
+
+def key(run: str, verdict: targets.Verdict) -> tuple[str, str, str, str]:
+    target = verdict.target
+    return run, target.workload, target.direction, target.versus
+
+
+def verdicts(run: str) -> list[targets.Verdict]:
+    """Those of the first run, and of the others what needs them."""
+    found = targets.judge(report.load(newest(run)))
+    if run == "cpu":
+        return [v for v in found if v.word != "other"]
+    needed = {"cpu-huge-pages": lambda t: t.hint, "cpu-avx2": lambda t: t.isa == "avx2"}[run]
+    return [v for v in found if needed(v.target) and v.word in ("hit", "MISS")]
+
+
+def problems() -> Iterator[str]:
+    missed = {key(run, v) for run in RUNS for v in verdicts(run) if v.word != "hit"}
+    yield from (f"not explained: {' '.join(k)}" for k in sorted(missed - WHY.keys()))
+    yield from (f"explained, but not missed: {' '.join(k)}" for k in sorted(WHY.keys() - missed))
+
+
+def targets_table() -> str:
+    lines = []
+    for run, title in RUNS.items():
+        found = verdicts(run)
+        hits = sum(v.word == "hit" for v in found)
+        lines += [
+            f"### {title}",
+            "",
+            f"`benchmarks/results/{newest(run).name}`: {hits} of {len(found)} reached.",
+            "",
+            "| workload | direction | at | against | target | reached | | why |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for verdict in found:
+            why = "" if verdict.word == "hit" else WHY.get(key(run, verdict), "")
+            lines.append(f"| {' | '.join([*verdict.cells(), why])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def blocks() -> dict[tuple[Path, str], str]:
+    """What stands between the marks of each page."""
+    results = report.load(newest("cpu"))
+    brief = dict(results)
+    brief["rows"] = [
+        row
+        for row in results["rows"]
+        if row["workload"] not in NOT_IN_README
+        and not re.fullmatch("W5[a-z]", row["workload"])
+        and row["direction"] in ("forward", "backward")
+        and row["dtype"] == "float32"
+    ]
+    return {
+        (ROOT / "README.md", "speed"): report.markdown(brief),
+        (ROOT / "docs" / "speed.md", "targets"): targets_table(),
+        (ROOT / "docs" / "speed.md", "rows"): report.markdown(results),
+    }
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}{block}{end}{rest.split(end)[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--update", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.check and not arguments.update:
+        for run in RUNS:
+            for verdict in verdicts(run):
+                if verdict.word != "hit":
+                    why = WHY.get(key(run, verdict), "NOT EXPLAINED")
+                    print(run, *verdict.cells(), why, sep=" | ")
+        return 0
+    wrong = list(problems())
+    for (page, name), block in blocks().items():
+        text = page.read_text()
+        new = replaced(text, name, block)
+        if arguments.update:
+            page.write_text(new)
+        elif new != text:
+            wrong.append(f"{page.name}: {name} is not what the results say")
+    if arguments.update:
+        plot(report.load(newest("cpu")), ROOT / "docs" / "speed.png")
+    print("\n".join(wrong), end="\n" if wrong else "")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
