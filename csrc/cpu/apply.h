@@ -205,8 +205,7 @@ template <class T>
 void grad_features_planar(const GradWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan,
                           const BoxPlan<acc_t<T>>* following, const Plane<acc_t<T>>& plane);
 template <class T>
-void grad_boxes_planar(const BoxWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& plan,
-                       const BoxPlan<acc_t<T>>* following, BoxGradient& gradient);
+void grad_boxes_planes(const BoxWork<acc_t<T>>& work);
 
 }  // namespace
 

@@ -81,29 +81,7 @@ void grad_boxes_nchw(const BoxWork<acc_t<T>>& work) {
   constexpr int L = kLanes<A>;
   const Problem& problem = *work.problem;
   const int64_t cells = cells_of(problem);
-  // Planar plans take a few planes at a time. Numbers are summed across lanes once for each box and
-  // that many planes.
-  constexpr int64_t kFewest = 4;
-  for (int64_t first = 0, end; first < work.count; first = end) {
-    const BoxPlan<A>& head = *work.plans[first];
-    end = first + 1;
-    if (!head.planar) continue;
-    const Level& level = problem.level[head.level];
-    while (end < work.count && work.plans[end]->level == head.level) ++end;
-    const int64_t fit = planes_together(level, work.channels, sizeof(T));
-    const int64_t planes = fit < kFewest ? kFewest : fit;
-    BoxWork<A> part = work;
-    for (part.channel = work.channel; part.channel < work.channel + work.channels;
-         part.channel += planes) {
-      const int64_t left = work.channel + work.channels - part.channel;
-      part.channels = left < planes ? left : planes;
-      for (int64_t b = first; b < end; ++b) {
-        if (!work.plans[b]->planar) continue;
-        grad_boxes_planar<T>(part, *work.plans[b], b + 1 < end ? work.plans[b + 1] : nullptr,
-                             work.sums[b]);
-      }
-    }
-  }
+  grad_boxes_planes<T>(work);
   for (int64_t channel = work.channel; channel < work.channel + work.channels; channel += L) {
     const int64_t left = work.channel + work.channels - channel;
     const int64_t channels = left < L ? left : L;

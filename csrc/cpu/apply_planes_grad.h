@@ -314,4 +314,43 @@ void grad_boxes_planar(const BoxWork<acc_t<T>>& work, const BoxPlan<acc_t<T>>& p
   }
 }
 
+/// The planar plans of a Work, a few planes at a time; the others are left out. Numbers are summed
+/// across lanes once for each box and that many planes.
+template <class T>
+void grad_boxes_planes(const BoxWork<acc_t<T>>& work) {
+  using A = acc_t<T>;
+  const Problem& problem = *work.problem;
+  constexpr int64_t kFewest = 4;
+  for (int64_t first = 0, end; first < work.count; first = end) {
+    const BoxPlan<A>& head = *work.plans[first];
+    end = first + 1;
+    if (!head.planar) continue;
+    const Level& level = problem.level[head.level];
+    while (end < work.count && work.plans[end]->level == head.level &&
+           work.plans[end]->image == head.image) {
+      ++end;
+    }
+    const int64_t fit = planes_together(level, work.channels, sizeof(T));
+    const int64_t planes = fit < kFewest ? kFewest : fit;
+    const int64_t plane = int64_t{level.height} * level.width;
+    const bool ahead =
+        level.stride_c == plane && covers_plane(work.plans + first, end - first, level);
+    BoxWork<A> part = work;
+    for (int64_t c = 0; c < work.channels; c += planes) {
+      part.channel = work.channel + c;
+      part.channels = work.channels - c < planes ? work.channels - c : planes;
+      const int64_t left = work.channels - c - part.channels;
+      ReadAhead next(
+          image_of<T>(level, head.image) + (part.channel + part.channels) * level.stride_c,
+          ahead ? (left < planes ? left : planes) * plane * sizeof(T) : 0, end - first);
+      for (int64_t b = first; b < end; ++b) {
+        if (!work.plans[b]->planar) continue;
+        next.step();
+        grad_boxes_planar<T>(part, *work.plans[b], b + 1 < end ? work.plans[b + 1] : nullptr,
+                             work.sums[b]);
+      }
+    }
+  }
+}
+
 }  // namespace
