@@ -240,28 +240,37 @@ def phases(launch: Launch, most: int = 8) -> list[list[Any]]:
     return [[name, round(issues / launch.issues, 3)] for name, issues in lines.most_common(most)]
 
 
+def modelled() -> list[Any]:
+    """The workloads that run on a GPU; of those that only cost a call, one is enough."""
+    from glimpse_ext.bench.workloads import WORKLOADS
+
+    return [
+        work
+        for work in WORKLOADS
+        if work.operator != "paste_masks_to_rle" and (not work.overhead or work.name == "W5")
+    ]
+
+
 def workload_rows(
     work: Any, programs: dict[str, sass.Program], budget: float, dtypes: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     from glimpse_ext.bench import suite
-    from glimpse_ext.bench.peers import OPERATORS
+    from glimpse_ext.bench.devices import make_device
 
-    boxes = work.make_boxes()
-    operator = OPERATORS[work.operator]
-    touched = suite.touched_pixels(
-        suite.Setting(work, torch.device("cpu"), "float32", "contiguous", 1), boxes
-    )
+    device = make_device("cpu")
+    plain = suite.Setting(work, device, "float32", "contiguous")
+    boxes, operator = plain.boxes(), plain.operator
+    touched = suite.touched_pixels(plain, boxes)
     for dtype_name in dtypes:
         for layout in ("contiguous", "channels_last"):
             if work.mask and layout != "contiguous":
                 continue
-            setting = suite.Setting(work, torch.device("cpu"), dtype_name, layout, 1)
+            setting = suite.Setting(work, device, dtype_name, layout)
             maps = setting.features()
-            floors = suite.floor_bytes(setting, touched, maps)
-            directions = ["forward"]
-            if operator.differentiable:
-                directions += ["backward", "box gradient"]
-            for direction in directions:
+            with torch.no_grad():
+                result = operator.ours(work, boxes, setting.dtype)(maps)
+            floors = suite.floor_bytes(setting, touched, maps, result.nbytes)
+            for direction in operator.directions(("forward", "backward", "box gradient")):
                 given = boxes.clone().requires_grad_(direction == "box gradient")
                 pool = operator.ours(work, given, setting.dtype)
                 leaves = [m.detach().requires_grad_(direction == "backward") for m in maps]
@@ -329,6 +338,7 @@ def torchvision_rows(
     ``autocast`` is float32 with a cast of maps and result; channels_last needs a copy of the maps.
     """
     from glimpse_ext.bench import suite
+    from glimpse_ext.bench.devices import make_device
 
     boxes = work.make_boxes()
     level = torch.zeros(len(boxes), dtype=torch.long)
@@ -336,7 +346,7 @@ def torchvision_rows(
         area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
         level = torch.floor(4 + torch.log2(area.sqrt() / 224) + 1e-6).clamp(2, 5).long() - 2
     touched = suite.touched_pixels(
-        suite.Setting(work, torch.device("cpu"), "float32", "contiguous", 1), boxes
+        suite.Setting(work, make_device("cpu"), "float32", "contiguous"), boxes
     )
     for dtype in (torch.float32, torch.float16):
         maps = work.make_features(dtype, "contiguous")
@@ -384,16 +394,18 @@ def validate(programs: dict[str, sass.Program], theirs: dict[str, sass.Program])
     """The machine code's results, its stores and its barriers, each against another source."""
     import glimpse_ext
     from glimpse_ext import _testing
+    from glimpse_ext.bench.devices import make_device
     from glimpse_ext.bench.peers import OPERATORS
-    from glimpse_ext.bench.workloads import WORKLOADS, select
+    from glimpse_ext.bench.suite import Setting
+    from glimpse_ext.bench.workloads import select
 
     worst: dict[str, float] = {}
     rows = 0
     stored_exactly = True
-    for work in WORKLOADS:
+    for work in modelled():
         small = work.tiny()
-        boxes = small.make_boxes()
-        operator = OPERATORS[small.operator]
+        plain = Setting(small, make_device("cpu"), "float32", "contiguous")
+        boxes, operator = plain.boxes(), plain.operator
         for name in ("float32", "float16", "bfloat16"):
             dtype = getattr(torch, name)
             for layout in ("contiguous",) if work.mask else ("contiguous", "channels_last"):
@@ -407,7 +419,7 @@ def validate(programs: dict[str, sass.Program], theirs: dict[str, sass.Program])
                 )
                 stored_exactly &= written == got.nbytes
                 pairs = [(got, right)]
-                if operator.differentiable:
+                if operator.directions(("backward",)):
                     leaves = [m.requires_grad_() for m in maps]
                     result = pool(leaves)
                     up = torch.randn(result.shape, generator=torch.Generator().manual_seed(7))
@@ -531,7 +543,7 @@ def check() -> int:
 
 
 def update(names: list[str], budget: float, dtypes: list[str]) -> int:
-    from glimpse_ext.bench.workloads import WORKLOADS, select
+    from glimpse_ext.bench.workloads import select
 
     torch.set_num_threads(1)
     start = time.monotonic()
@@ -552,7 +564,7 @@ def update(names: list[str], budget: float, dtypes: list[str]) -> int:
     if fresh or "validity" not in stored:
         stored["validity"] = validate(programs, theirs)
         print(stored["validity"], f"{time.monotonic() - start:.0f} s", flush=True)
-    for work in select(names) if names else WORKLOADS:
+    for work in select(names) if names else modelled():
         for key, row in workload_rows(work, programs, budget, dtypes):
             stored["rows"][key] = row
             print(
