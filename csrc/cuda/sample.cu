@@ -135,10 +135,11 @@ bool sample_nchw(const Problem& problem) {
   // Few channels would leave lanes idle, and a block should not have to walk over a whole picture.
   constexpr int64_t kFewestChannels = 8, kMostCells = 1024;
   for (int32_t i = 0; i < problem.levels; ++i) {
-    // Offsets inside a plane are 32-bit.
+    // Offsets inside the channels that a warp takes at a time are 32-bit.
     const Level& level = problem.level[i];
-    const int64_t largest =
-        (level.height - 1) * level.stride_h + (level.width - 1) * level.stride_w;
+    const int64_t largest = (level.height - 1) * level.stride_h +
+                            (level.width - 1) * level.stride_w +
+                            (kNchwSlots * kNchwMostSide - 1) * level.stride_c;
     if (largest > 0x7fffffff) return false;
   }
   const NchwPlan plan = nchw_plan(problem);
@@ -150,7 +151,8 @@ bool sample_nchw(const Problem& problem) {
   }
   launch(sample_nchw_kernel<T>,
          dim3(static_cast<unsigned>(problem.boxes), static_cast<unsigned>(slices)), kNchwThreads,
-         kNchwSharedBytes, stream_of(problem), problem, plan);
+         plan.tables.bytes<float, false>() + kNchwWarps * kNchwTileWords * sizeof(float),
+         stream_of(problem), problem, plan);
   return true;
 }
 
