@@ -142,7 +142,7 @@ bool sample_nchw(const Problem& problem) {
                             (kNchwSlots * kNchwMostSide - 1) * level.stride_c;
     if (largest > 0x7fffffff) return false;
   }
-  const NchwPlan plan = nchw_plan(problem);
+  const NchwPlan plan = nchw_plan(problem, sizeof(T));
   const int64_t cells = int64_t{problem.out_height} * problem.out_width;
   const int64_t slices = divide_up(problem.channels, plan.channels_per_block);
   if (problem.channels < kFewestChannels || cells > kMostCells || problem.boxes > kMostGridX ||
@@ -151,8 +151,7 @@ bool sample_nchw(const Problem& problem) {
   }
   launch(sample_nchw_kernel<T>,
          dim3(static_cast<unsigned>(problem.boxes), static_cast<unsigned>(slices)), kNchwThreads,
-         plan.tables.bytes<float, false>() + kNchwWarps * kNchwTileWords * sizeof(float),
-         stream_of(problem), problem, plan);
+         plan.bytes(), stream_of(problem), problem, plan);
   return true;
 }
 

@@ -283,42 +283,14 @@ __global__ void __launch_bounds__(kNhwcThreads, 4)
 
 constexpr int32_t kNchwThreads = 128;
 constexpr int32_t kNchwWarps = kNchwThreads / 32;
-#ifndef SLOTS
-#define SLOTS 6
-#endif
-#ifndef RES
-#define RES 5
-#endif
-constexpr int kNchwSlots = SLOTS;
+constexpr int kNchwSlots = 8;
 constexpr int32_t kNchwMostTaps = 1024;
 constexpr int32_t kNchwTileWords = 2048;  // of each warp
 // Channels that a slot of narrow columns has side by side.
 constexpr int32_t kNchwMostSide = 4;
 
-/// How sample_nchw_kernel divides a box: grid (box, slice of channels).
-struct NchwPlan {
-  TableShape tables;
-  int32_t channels_per_block;
-  float fill;  // as in Problem
-};
-
-/// The plan for any problem that satisfies tables_apply.
-inline NchwPlan nchw_plan(const Problem& problem) {
-  NchwPlan plan;
-  plan.tables = table_shape(problem, kNchwMostTaps);
-  // As many channels for the price of one set of tables as leave enough blocks for a large GPU.
-  constexpr int64_t kEnoughBlocks = 2048;
-  plan.channels_per_block = 128;
-  while (plan.channels_per_block > 16 &&
-         problem.boxes * ((problem.channels - 1) / plan.channels_per_block + 1) < kEnoughBlocks) {
-    plan.channels_per_block /= 2;
-  }
-  plan.fill = static_cast<float>(problem.fill);
-  return plan;
-}
-
-/// Neighbouring cells of a row and the columns of pixels that they read; the same in all lanes.
-struct Columns {
+/// Neighbouring cells of a row and the columns of pixels that they read. In shared memory.
+struct alignas(16) Columns {
   int32_t first_cell, cells;
   int32_t most_taps;    // of a cell; 0: no column is read
   int32_t first_pixel;  // of columns that are neighbours
@@ -329,7 +301,39 @@ struct Columns {
   int32_t channels;  // in all slots
   int32_t pitch;     // words of a row in the tile; behind its columns there is one of zeros
   int32_t rows;      // of cells that the tile holds
+  // Lane / cells and lane / count are lane * factor / 1024.
+  int32_t cells_factor, count_factor;
 };
+
+/// How sample_nchw_kernel divides a box: grid (box, slice of channels).
+struct NchwPlan {
+  TableShape tables;
+  int32_t channels_per_block;
+  uint32_t element_bytes;
+  float fill;  // as in Problem
+  // Bytes from the start of the shared memory; the tables come first.
+  int32_t columns, tiles;
+
+  size_t bytes() const { return tiles + size_t{kNchwWarps} * kNchwTileWords * sizeof(float); }
+};
+
+/// The plan for any problem that satisfies tables_apply.
+inline NchwPlan nchw_plan(const Problem& problem, uint32_t element_bytes) {
+  NchwPlan plan;
+  plan.tables = table_shape(problem, kNchwMostTaps);
+  // As many channels for the price of one set of tables as leave enough blocks for a large GPU.
+  constexpr int64_t kEnoughBlocks = 2048;
+  plan.channels_per_block = 128;
+  while (plan.channels_per_block > 16 &&
+         problem.boxes * ((problem.channels - 1) / plan.channels_per_block + 1) < kEnoughBlocks) {
+    plan.channels_per_block /= 2;
+  }
+  plan.element_bytes = element_bytes;
+  plan.fill = static_cast<float>(problem.fill);
+  plan.columns = static_cast<int32_t>(plan.tables.bytes<float, false>());
+  plan.tiles = plan.columns + static_cast<int32_t>(sizeof(Columns));
+  return plan;
+}
 
 namespace detail {
 
@@ -341,12 +345,12 @@ __device__ __forceinline__ int32_t least_of_warp(int32_t value) {
   return value;
 }
 
-/// The columns of as many cells from `first_cell` on as a warp can take, 32 at most.
+/// By warp 0: the columns of as many cells from `first_cell` on as a warp can take, 32 at most.
 /// Not even one cell fits where `channels` of the result is 0.
-__device__ __forceinline__ Columns find_columns(const Tables<float>& tables, int32_t first_cell,
-                                                int32_t cells_y, int32_t cells_x) {
-  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-  Columns columns;
+__device__ __forceinline__ void find_columns(const Tables<float>& tables, int32_t first_cell,
+                                             int32_t cells_y, int32_t cells_x, Columns* found) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x);
+  Columns columns = {};
   columns.first_cell = first_cell;
   columns.cells = cells_x - first_cell < 32 ? cells_x - first_cell : 32;
   GLIMPSE_NO_UNROLL
@@ -370,19 +374,20 @@ __device__ __forceinline__ Columns find_columns(const Tables<float>& tables, int
     if (columns.most_taps == 0) columns.count = 1;  // never read
     if (columns.count <= 32 * kNchwSlots || columns.cells == 1) break;
   }
-  columns.parts = columns.side = 1;
-  if (columns.count > 32) {
-    columns.parts = (columns.count + 31) / 32;
-  } else {
-    while (columns.side < kNchwMostSide && (columns.side + 1) * columns.count <= 32) ++columns.side;
+  columns.parts = (columns.count + 31) / 32;
+  columns.side = 1;
+  columns.count_factor = 1024 / columns.count + 1;
+  columns.cells_factor = 1024 / columns.cells + 1;
+  if (columns.parts == 1) {
+    columns.side = 32 * columns.count_factor / 1024;
+    if (columns.side > kNchwMostSide) columns.side = kNchwMostSide;
   }
   columns.channels = kNchwSlots / columns.parts * columns.side;
-  columns.pitch = (columns.count < 32 ? columns.count : 32) + 1 | 1;
-  if (columns.channels == 0) return columns;
-  const int32_t most = kNchwTileWords / (columns.channels * columns.parts * columns.pitch);
+  columns.pitch = ((columns.count < 32 ? columns.count : 32) + 1) | 1;
+  const int32_t most = kNchwTileWords / (kNchwSlots * columns.side * columns.pitch);
   const int32_t batches = (cells_y + most - 1) / most;
   columns.rows = (cells_y + batches - 1) / batches;
-  return columns;
+  if (lane == 0) *found = columns;
 }
 
 /// The pixel of a column, or of another one where there is none.
@@ -407,8 +412,8 @@ struct Held {
 /// Reads the next kRows rows of pixels that a cell has taps on.
 template <int kRows, class T>
 __device__ __forceinline__ void add_rows(const T* source, const uint32_t* offset,
-                                         const Tap<float>* tap, int32_t stride_y, Held* held,
-                                         float* sum) {
+                                         const Tap<float>* tap, int32_t stride_y,
+                                         uint32_t element_bytes, Held* held, float* sum) {
   Pack<T, 1> read[kRows][kNchwSlots];
   float weight[kRows];
   GLIMPSE_UNROLL
@@ -417,9 +422,13 @@ __device__ __forceinline__ void add_rows(const T* source, const uint32_t* offset
     weight[j] = at.weight;
     held->previous_pixel = held->last_pixel;
     held->last_pixel = at.pixel;
-    const T* row = source + at.pixel * stride_y;
+    const char* row = reinterpret_cast<const char*>(source + at.pixel * stride_y);
     GLIMPSE_UNROLL
-    for (int i = 0; i < kNchwSlots; ++i) read[j][i] = Pack<T, 1>::load(row + offset[i]);
+    for (int i = 0; i < kNchwSlots; ++i) {
+      // A multiply-add, which a constant size would turn into two additions.
+      const char* pixel = row + static_cast<uint64_t>(offset[i]) * element_bytes;
+      read[j][i] = Pack<T, 1>::load(reinterpret_cast<const T*>(pixel));
+    }
   }
   GLIMPSE_UNROLL
   for (int j = 0; j < kRows; ++j) {
@@ -436,7 +445,7 @@ __device__ __forceinline__ void add_rows(const T* source, const uint32_t* offset
 template <class T>
 __device__ __forceinline__ void sum_rows(const T* source, const uint32_t* offset,
                                          const Tap<float>* tap, int32_t left, int32_t stride_y,
-                                         Held* held, float* sum) {
+                                         uint32_t element_bytes, Held* held, float* sum) {
   if (left == 0) return;
   const Tap<float> first = tap[0];
   if (first.pixel == held->last_pixel) {
@@ -455,29 +464,27 @@ __device__ __forceinline__ void sum_rows(const T* source, const uint32_t* offset
     left -= 2;
   }
   GLIMPSE_NO_UNROLL
-  for (; left > 1; left -= 2, tap += 2) add_rows<2>(source, offset, tap, stride_y, held, sum);
-  if (left == 1) add_rows<1>(source, offset, tap, stride_y, held, sum);
+  for (; left > 1; left -= 2, tap += 2)
+    add_rows<2>(source, offset, tap, stride_y, element_bytes, held, sum);
+  if (left == 1) add_rows<1>(source, offset, tap, stride_y, element_bytes, held, sum);
 }
 
 /// A lane's walk over the results of a batch: one cell of every `step` rows of cells.
-template <class T>
 struct CellWalk {
-  const float* row;  // in the tile
-  T* target;
-  int32_t y, left;   // row of cells in its channel; rows that are left, of all channels
-  int32_t step;      // rows from one result to the next
-  int32_t row_step;  // words
-  int32_t rows;      // of a channel
-  int32_t next_row;  // additional words to the next channel
-  int64_t target_step, next_target;
+  const float* row;     // in the tile
+  int32_t target;       // the result, from the first channel of the batch on
+  int32_t y, left;      // row of cells in its channel; rows that are left, of all channels
+  int32_t step, rows;   // rows from one result to the next, at most those of a channel
+  int32_t row_step;     // words
+  int32_t target_step;  // results
+  int32_t next_row, next_target;  // more of both to the next channel
 
   __device__ __forceinline__ void next() {
     row += row_step;
     target += target_step;
     y += step;
     left -= step;
-    GLIMPSE_NO_UNROLL
-    while (y >= rows) {
+    if (y >= rows) {
       y -= rows;
       row += next_row;
       target += next_target;
@@ -485,12 +492,19 @@ struct CellWalk {
   }
 };
 
-/// Where the columns of a lane's cell lie in a row of the tile. Taps that it does not have are at
-/// the column of zeros.
+/// Words from the start of a row of the tile to the column of a tap.
+__device__ __forceinline__ int32_t column_offset(const Columns& columns, int32_t cell, int32_t j,
+                                                 int32_t pixel) {
+  const int32_t column =
+      columns.listed ? cell * columns.most_taps + j : pixel - columns.first_pixel;
+  return column / 32 * (columns.rows * columns.pitch) + column % 32;
+}
+
+/// The results of a batch where empty cells are zeros. Taps that a cell does not have are at the
+/// column of zeros.
 template <int kTaps, class T>
 __device__ __forceinline__ void sum_columns(const Columns& columns, const Tables<float>& tables,
-                                            const Row* row_y, int32_t cell, int32_t part_words,
-                                            CellWalk<T> walk, float fill) {
+                                            int32_t cell, CellWalk walk, T* pooled) {
   const Row own = tables.row_x[columns.first_cell + cell];
   int32_t offset[kTaps];
   float weight[kTaps];
@@ -500,43 +514,35 @@ __device__ __forceinline__ void sum_columns(const Columns& columns, const Tables
     weight[j] = 0.0f;
     if (j < own.count) {
       const Tap<float> tap = tables.tap[own.first + j];
-      const int32_t column =
-          columns.listed ? cell * columns.most_taps + j : tap.pixel - columns.first_pixel;
-      offset[j] = column / 32 * part_words + column % 32;
+      offset[j] = column_offset(columns, cell, j, tap.pixel);
       weight[j] = tap.weight;
     }
   }
-  const float empty = own.count > 0 ? 0.0f : fill;
   GLIMPSE_NO_UNROLL
   for (; walk.left > 0; walk.next()) {
-    float sum = empty;
+    float sum = 0.0f;
     GLIMPSE_UNROLL
     for (int j = 0; j < kTaps; ++j) sum += weight[j] * walk.row[offset[j]];
-    if (fill != 0.0f && row_y[walk.y].count == 0) sum = fill;
-    *walk.target = Store<T>::from(sum);
+    pooled[walk.target] = Store<T>::from(sum);
   }
 }
 
-/// As above for any number of taps.
+/// The same for any number of taps and any fill.
 template <class T>
 __device__ __forceinline__ void sum_many_columns(const Columns& columns,
                                                  const Tables<float>& tables, const Row* row_y,
-                                                 int32_t cell, int32_t part_words, CellWalk<T> walk,
-                                                 float fill) {
+                                                 int32_t cell, CellWalk walk, float fill,
+                                                 T* pooled) {
   const Row own = tables.row_x[columns.first_cell + cell];
-  const float empty = own.count > 0 ? 0.0f : fill;
   GLIMPSE_NO_UNROLL
   for (; walk.left > 0; walk.next()) {
-    float sum = empty;
+    float sum = row_y[walk.y].count == 0 || own.count == 0 ? fill : 0.0f;
     GLIMPSE_NO_UNROLL
     for (int32_t j = 0; j < own.count; ++j) {
       const Tap<float> tap = tables.tap[own.first + j];
-      const int32_t column =
-          columns.listed ? cell * columns.most_taps + j : tap.pixel - columns.first_pixel;
-      sum += tap.weight * walk.row[column / 32 * part_words + column % 32];
+      sum += tap.weight * walk.row[column_offset(columns, cell, j, tap.pixel)];
     }
-    if (fill != 0.0f && row_y[walk.y].count == 0) sum = fill;
-    *walk.target = Store<T>::from(sum);
+    pooled[walk.target] = Store<T>::from(sum);
   }
 }
 
@@ -544,7 +550,7 @@ __device__ __forceinline__ void sum_many_columns(const Columns& columns,
 
 /// Block: a box and a slice of its channels, which its warps take in turns.
 template <class T>
-__global__ void __launch_bounds__(kNchwThreads, RES)
+__global__ void __launch_bounds__(kNchwThreads, 5)
     sample_nchw_kernel(GLIMPSE_GRID_CONSTANT Problem problem, GLIMPSE_GRID_CONSTANT NchwPlan plan) {
   GLIMPSE_DYNAMIC_SHARED(shared);
   const int64_t k = blockIdx.x;
@@ -566,39 +572,42 @@ __global__ void __launch_bounds__(kNchwThreads, RES)
   const auto stride_y = static_cast<int32_t>(level.stride_h);
   const auto stride_x = static_cast<int32_t>(level.stride_w);
   const auto stride_c = static_cast<int32_t>(level.stride_c);
-  auto* tile =
-      reinterpret_cast<float*>(shared + plan.tables.bytes<float, false>()) + warp * kNchwTileWords;
+  auto* found = reinterpret_cast<Columns*>(shared + plan.columns);
+  auto* tile = reinterpret_cast<float*>(shared + plan.tiles) + warp * kNchwTileWords;
 
   int32_t first_cell = 0;
   GLIMPSE_NO_UNROLL
   while (tables.fit && first_cell < cells_x) {
-    const Columns columns = detail::find_columns(tables, first_cell, cells_y, cells_x);
+    if (first_cell > 0) __syncthreads();
+    if (warp == 0) detail::find_columns(tables, first_cell, cells_y, cells_x, found);
+    __syncthreads();
+    const Columns& columns = *found;
     if (columns.channels == 0) break;
-    const bool reads = columns.most_taps > 0;
-    const int32_t side = lane / columns.count, part_words = columns.rows * columns.pitch;
-    const bool writes = columns.parts > 1 || side < columns.side;
-    const int32_t own_column = columns.parts > 1 ? lane : writes ? lane - side * columns.count : 0;
-    float* own_tile = tile + (writes ? side * part_words : 0) + own_column;
+    const int32_t part_words = columns.rows * columns.pitch;
+    const int32_t side = columns.parts > 1 ? 0 : lane * columns.count_factor / 1024;
+    const bool writes = side < columns.side;
+    const int32_t own_column = writes ? lane - side * columns.count : 0;
+    float* own_tile = tile + side * part_words + own_column;
     const int32_t own_pixel = detail::column_pixel(columns, tables, own_column);
     const int32_t slot_words = columns.side * part_words;
     // Cells that have fewer taps than others read zeros.
-    for (int32_t i = lane; i < columns.channels * columns.parts * columns.rows; i += 32) {
+    GLIMPSE_NO_UNROLL
+    for (int32_t i = lane; i < kNchwSlots * columns.side * columns.rows; i += 32) {
       tile[(i + 1) * columns.pitch - 1] = 0.0f;
     }
-    const int32_t rows_of_lanes = 32 / columns.cells;
-    const int32_t row_of_lane = lane / columns.cells;
+    const int32_t row_of_lane = lane * columns.cells_factor / 1024;
     const int32_t cell = lane - row_of_lane * columns.cells;
 
-    const int32_t step = kNchwWarps * columns.channels;
     GLIMPSE_NO_UNROLL
-    for (int32_t channel = warp * columns.channels; channel < channels; channel += step) {
+    for (int32_t channel = warp * columns.channels; channel < channels;
+         channel += kNchwWarps * columns.channels) {
       const int32_t live =
           channels - channel < columns.channels ? channels - channel : columns.channels;
       const T* source = image + channel * level.stride_c;
       // Lanes without a column of their own, and those of channels behind the last one, read what
       // others read.
       uint32_t offset[kNchwSlots];
-      int32_t slot_channel = columns.parts == 1 && writes ? side : 0, part = 0;
+      int32_t slot_channel = writes ? side : 0, part = 0;
       GLIMPSE_UNROLL
       for (int i = 0; i < kNchwSlots; ++i) {
         const int32_t of = slot_channel < live ? slot_channel : live - 1;
@@ -615,58 +624,52 @@ __global__ void __launch_bounds__(kNchwThreads, RES)
       GLIMPSE_UNROLL
       for (int i = 0; i < kNchwSlots; ++i) held.last[i] = held.previous[i] = 0.0f;
 
-      int32_t rows = columns.rows;
       GLIMPSE_NO_UNROLL
-      for (int32_t first_row = 0; first_row < cells_y; first_row += rows) {
-        if (rows > cells_y - first_row) rows = cells_y - first_row;
+      for (int32_t first_row = 0; first_row < cells_y; first_row += columns.rows) {
+        const int32_t rows =
+            columns.rows < cells_y - first_row ? columns.rows : cells_y - first_row;
+        const int32_t pitch = columns.pitch;
+        const bool reads = columns.most_taps > 0;
         float* target = own_tile;
         GLIMPSE_NO_UNROLL
-        for (int32_t y = first_row; y < first_row + rows; ++y, target += columns.pitch) {
+        for (int32_t y = first_row; y < first_row + rows; ++y, target += pitch) {
           const Row row = tables.row_y[y];
           float sum[kNchwSlots] = {};
           detail::sum_rows(source, offset, tables.tap + row.first, reads ? row.count : 0, stride_y,
-                           &held, sum);
+                           plan.element_bytes, &held, sum);
           if (writes) {
             GLIMPSE_UNROLL
-            for (int i = 0; i < kNchwSlots; ++i) {
-              if (columns.parts == 1 || i < columns.channels * columns.parts) {
-                target[i * slot_words] = sum[i];
-              }
-            }
+            for (int i = 0; i < kNchwSlots; ++i) target[i * slot_words] = sum[i];
           }
         }
         __syncwarp();
-        if (row_of_lane < rows_of_lanes) {
-          const Row* row_y = tables.row_y + first_row;
-          detail::CellWalk<T> walk;
-          walk.row = tile + row_of_lane * columns.pitch;
-          walk.target = pooled + static_cast<int64_t>(channel) * cells +
-                        (first_row + row_of_lane) * cells_x + first_cell + cell;
+        detail::CellWalk walk;
+        walk.step = 32 * columns.cells_factor / 1024;
+        if (walk.step > rows) walk.step = rows;
+        if (row_of_lane < walk.step) {
+          walk.row = tile + row_of_lane * pitch;
+          walk.target = (first_row + row_of_lane) * cells_x + columns.first_cell + cell;
           walk.y = row_of_lane;
-          walk.left = live * rows - row_of_lane;
-          walk.step = rows_of_lanes;
-          walk.row_step = rows_of_lanes * columns.pitch;
           walk.rows = rows;
-          walk.next_row = (columns.parts * columns.rows - rows) * columns.pitch;
-          walk.target_step = rows_of_lanes * cells_x;
+          walk.left = live * rows - row_of_lane;
+          walk.row_step = walk.step * pitch;
+          walk.target_step = walk.step * cells_x;
+          walk.next_row = (columns.parts * columns.rows - rows) * pitch;
           walk.next_target = cells - rows * cells_x;
-          while (walk.y >= rows) {
-            walk.y -= rows;
-            walk.row += walk.next_row;
-            walk.target += walk.next_target;
-          }
+          T* results = pooled + static_cast<int64_t>(channel) * cells;
           // No switch: a jump table would be read from memory.
-          const int32_t taps = columns.most_taps;
+          const int32_t taps = plan.fill == 0.0f ? columns.most_taps : kNchwMostTaps;
           if (taps <= 2) {
-            detail::sum_columns<2>(columns, tables, row_y, cell, part_words, walk, plan.fill);
+            detail::sum_columns<2>(columns, tables, cell, walk, results);
           } else if (taps == 3) {
-            detail::sum_columns<3>(columns, tables, row_y, cell, part_words, walk, plan.fill);
+            detail::sum_columns<3>(columns, tables, cell, walk, results);
           } else if (taps == 4) {
-            detail::sum_columns<4>(columns, tables, row_y, cell, part_words, walk, plan.fill);
+            detail::sum_columns<4>(columns, tables, cell, walk, results);
           } else if (taps <= 6) {
-            detail::sum_columns<6>(columns, tables, row_y, cell, part_words, walk, plan.fill);
+            detail::sum_columns<6>(columns, tables, cell, walk, results);
           } else {
-            detail::sum_many_columns(columns, tables, row_y, cell, part_words, walk, plan.fill);
+            detail::sum_many_columns(columns, tables, tables.row_y + first_row, cell, walk,
+                                     plan.fill, results);
           }
         }
         __syncwarp();
