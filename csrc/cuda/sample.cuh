@@ -285,7 +285,7 @@ constexpr int32_t kNchwThreads = 128;
 constexpr int32_t kNchwWarps = kNchwThreads / 32;
 constexpr int kNchwSlots = 8;
 constexpr int32_t kNchwMostTaps = 1024;
-constexpr int32_t kNchwTileWords = 2048;  // of each warp
+constexpr int32_t kNchwTileWords = 2560;  // of each warp
 // Channels that a slot of narrow columns has side by side.
 constexpr int32_t kNchwMostSide = 4;
 
@@ -301,6 +301,7 @@ struct alignas(16) Columns {
   int32_t channels;  // in all slots
   int32_t pitch;     // words of a row in the tile; behind its columns there is one of zeros
   int32_t rows;      // of cells that the tile holds
+  int32_t words;     // of these rows, for one channel and one part
   // Lane / cells and lane / count are lane * factor / 1024.
   int32_t cells_factor, count_factor;
 };
@@ -322,9 +323,9 @@ inline NchwPlan nchw_plan(const Problem& problem, uint32_t element_bytes) {
   NchwPlan plan;
   plan.tables = table_shape(problem, kNchwMostTaps);
   // As many channels for the price of one set of tables as leave enough blocks for a large GPU.
-  constexpr int64_t kEnoughBlocks = 2048;
+  constexpr int64_t kEnoughBlocks = 4096;
   plan.channels_per_block = 128;
-  while (plan.channels_per_block > 16 &&
+  while (plan.channels_per_block > kNchwWarps * kNchwSlots &&
          problem.boxes * ((problem.channels - 1) / plan.channels_per_block + 1) < kEnoughBlocks) {
     plan.channels_per_block /= 2;
   }
@@ -384,9 +385,13 @@ __device__ __forceinline__ void find_columns(const Tables<float>& tables, int32_
   }
   columns.channels = kNchwSlots / columns.parts * columns.side;
   columns.pitch = ((columns.count < 32 ? columns.count : 32) + 1) | 1;
-  const int32_t most = kNchwTileWords / (kNchwSlots * columns.side * columns.pitch);
+  // What the channels of a slot write at a time goes to different banks.
+  const int32_t padding = columns.side > 1 ? 31 : 0;
+  const int32_t most = (kNchwTileWords / (kNchwSlots * columns.side) - padding) / columns.pitch;
   const int32_t batches = (cells_y + most - 1) / most;
   columns.rows = (cells_y + batches - 1) / batches;
+  columns.words = columns.rows * columns.pitch;
+  columns.words += (columns.count - columns.words) & padding;
   if (lane == 0) *found = columns;
 }
 
@@ -497,7 +502,7 @@ __device__ __forceinline__ int32_t column_offset(const Columns& columns, int32_t
                                                  int32_t pixel) {
   const int32_t column =
       columns.listed ? cell * columns.most_taps + j : pixel - columns.first_pixel;
-  return column / 32 * (columns.rows * columns.pitch) + column % 32;
+  return column / 32 * columns.words + column % 32;
 }
 
 /// The results of a batch where empty cells are zeros. Taps that a cell does not have are at the
@@ -583,17 +588,19 @@ __global__ void __launch_bounds__(kNchwThreads, 5)
     __syncthreads();
     const Columns& columns = *found;
     if (columns.channels == 0) break;
-    const int32_t part_words = columns.rows * columns.pitch;
     const int32_t side = columns.parts > 1 ? 0 : lane * columns.count_factor / 1024;
     const bool writes = side < columns.side;
     const int32_t own_column = writes ? lane - side * columns.count : 0;
-    float* own_tile = tile + side * part_words + own_column;
+    float* own_tile = tile + side * columns.words + own_column;
     const int32_t own_pixel = detail::column_pixel(columns, tables, own_column);
-    const int32_t slot_words = columns.side * part_words;
+    const int32_t slot_words = columns.side * columns.words;
     // Cells that have fewer taps than others read zeros.
     GLIMPSE_NO_UNROLL
-    for (int32_t i = lane; i < kNchwSlots * columns.side * columns.rows; i += 32) {
-      tile[(i + 1) * columns.pitch - 1] = 0.0f;
+    for (int32_t i = lane; i < kNchwSlots * columns.side; i += 32) {
+      GLIMPSE_NO_UNROLL
+      for (int32_t y = 1; y <= columns.rows; ++y) {
+        tile[i * columns.words + y * columns.pitch - 1] = 0.0f;
+      }
     }
     const int32_t row_of_lane = lane * columns.cells_factor / 1024;
     const int32_t cell = lane - row_of_lane * columns.cells;
@@ -654,7 +661,7 @@ __global__ void __launch_bounds__(kNchwThreads, 5)
           walk.left = live * rows - row_of_lane;
           walk.row_step = walk.step * pitch;
           walk.target_step = walk.step * cells_x;
-          walk.next_row = (columns.parts * columns.rows - rows) * pitch;
+          walk.next_row = columns.parts * columns.words - rows * pitch;
           walk.next_target = cells - rows * cells_x;
           T* results = pooled + static_cast<int64_t>(channel) * cells;
           // No switch: a jump table would be read from memory.
