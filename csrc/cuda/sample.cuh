@@ -476,14 +476,21 @@ __device__ __forceinline__ void sum_rows(const T* source, const uint32_t* offset
 
 /// A lane's walk over the results of a batch: one cell of every `step` rows of cells.
 struct CellWalk {
-  const float* row;     // in the tile
-  int32_t target;       // the result, from the first channel of the batch on
+  const float* row;  // in the tile
+  char* results;     // of the batch
+  uint32_t element_bytes;
+  uint32_t target;      // from the first result of the batch on
   int32_t y, left;      // row of cells in its channel; rows that are left, of all channels
   int32_t step, rows;   // rows from one result to the next, at most those of a channel
   int32_t row_step;     // words
   int32_t target_step;  // results
   int32_t next_row, next_target;  // more of both to the next channel
 
+  template <class T>
+  __device__ __forceinline__ void store(float value) const {
+    char* result = results + static_cast<uint64_t>(target) * element_bytes;
+    *reinterpret_cast<T*>(result) = Store<T>::from(value);
+  }
   __device__ __forceinline__ void next() {
     row += row_step;
     target += target_step;
@@ -509,7 +516,7 @@ __device__ __forceinline__ int32_t column_offset(const Columns& columns, int32_t
 /// column of zeros.
 template <int kTaps, class T>
 __device__ __forceinline__ void sum_columns(const Columns& columns, const Tables<float>& tables,
-                                            int32_t cell, CellWalk walk, T* pooled) {
+                                            int32_t cell, CellWalk walk) {
   const Row own = tables.row_x[columns.first_cell + cell];
   int32_t offset[kTaps];
   float weight[kTaps];
@@ -528,7 +535,7 @@ __device__ __forceinline__ void sum_columns(const Columns& columns, const Tables
     float sum = 0.0f;
     GLIMPSE_UNROLL
     for (int j = 0; j < kTaps; ++j) sum += weight[j] * walk.row[offset[j]];
-    pooled[walk.target] = Store<T>::from(sum);
+    walk.store<T>(sum);
   }
 }
 
@@ -536,8 +543,7 @@ __device__ __forceinline__ void sum_columns(const Columns& columns, const Tables
 template <class T>
 __device__ __forceinline__ void sum_many_columns(const Columns& columns,
                                                  const Tables<float>& tables, const Row* row_y,
-                                                 int32_t cell, CellWalk walk, float fill,
-                                                 T* pooled) {
+                                                 int32_t cell, CellWalk walk, float fill) {
   const Row own = tables.row_x[columns.first_cell + cell];
   GLIMPSE_NO_UNROLL
   for (; walk.left > 0; walk.next()) {
@@ -547,7 +553,7 @@ __device__ __forceinline__ void sum_many_columns(const Columns& columns,
       const Tap<float> tap = tables.tap[own.first + j];
       sum += tap.weight * walk.row[column_offset(columns, cell, j, tap.pixel)];
     }
-    pooled[walk.target] = Store<T>::from(sum);
+    walk.store<T>(sum);
   }
 }
 
@@ -663,20 +669,21 @@ __global__ void __launch_bounds__(kNchwThreads, 5)
           walk.target_step = walk.step * cells_x;
           walk.next_row = columns.parts * columns.words - rows * pitch;
           walk.next_target = cells - rows * cells_x;
-          T* results = pooled + static_cast<int64_t>(channel) * cells;
+          walk.results = reinterpret_cast<char*>(pooled + static_cast<int64_t>(channel) * cells);
+          walk.element_bytes = plan.element_bytes;
           // No switch: a jump table would be read from memory.
           const int32_t taps = plan.fill == 0.0f ? columns.most_taps : kNchwMostTaps;
           if (taps <= 2) {
-            detail::sum_columns<2>(columns, tables, cell, walk, results);
+            detail::sum_columns<2, T>(columns, tables, cell, walk);
           } else if (taps == 3) {
-            detail::sum_columns<3>(columns, tables, cell, walk, results);
+            detail::sum_columns<3, T>(columns, tables, cell, walk);
           } else if (taps == 4) {
-            detail::sum_columns<4>(columns, tables, cell, walk, results);
+            detail::sum_columns<4, T>(columns, tables, cell, walk);
           } else if (taps <= 6) {
-            detail::sum_columns<6>(columns, tables, cell, walk, results);
+            detail::sum_columns<6, T>(columns, tables, cell, walk);
           } else {
-            detail::sum_many_columns(columns, tables, tables.row_y + first_row, cell, walk,
-                                     plan.fill, results);
+            detail::sum_many_columns<T>(columns, tables, tables.row_y + first_row, cell, walk,
+                                        plan.fill);
           }
         }
         __syncwarp();
