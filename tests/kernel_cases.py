@@ -55,6 +55,7 @@ WORK = [
     Work("many_boxes", 8, (2, 2), 2, levels=((30, 34),), boxes=300),
     Work("pyramid", 34, (7, 7), 2, levels=((40, 44), (20, 22), (10, 11), (5, 6)), boxes=20),
     Work("pyramid_adaptive", 9, (3, 4), 0, levels=((33, 48), (17, 24), (9, 12)), boxes=40),
+    Work("cells_of_many_columns", 9, (2, 3), 0, levels=((6, 900),), boxes=4),
     Work("samples_beyond_tables", 6, (4, 4), 200, boxes=2, batch=1),
 ]
 

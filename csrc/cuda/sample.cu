@@ -135,13 +135,14 @@ bool sample_nchw(const Problem& problem) {
   // Few channels would leave lanes idle, and a block should not have to walk over a whole picture.
   constexpr int64_t kFewestChannels = 8, kMostCells = 1024;
   for (int32_t i = 0; i < problem.levels; ++i) {
-    // Offsets inside a plane are 32-bit.
+    // Offsets inside the channels that a warp takes at a time are 32-bit.
     const Level& level = problem.level[i];
-    const int64_t largest =
-        (level.height - 1) * level.stride_h + (level.width - 1) * level.stride_w;
+    const int64_t largest = (level.height - 1) * level.stride_h +
+                            (level.width - 1) * level.stride_w +
+                            (kNchwSlots * kNchwMostSide - 1) * level.stride_c;
     if (largest > 0x7fffffff) return false;
   }
-  const NchwPlan plan = nchw_plan(problem);
+  const NchwPlan plan = nchw_plan(problem, sizeof(T));
   const int64_t cells = int64_t{problem.out_height} * problem.out_width;
   const int64_t slices = divide_up(problem.channels, plan.channels_per_block);
   if (problem.channels < kFewestChannels || cells > kMostCells || problem.boxes > kMostGridX ||
@@ -150,7 +151,7 @@ bool sample_nchw(const Problem& problem) {
   }
   launch(sample_nchw_kernel<T>,
          dim3(static_cast<unsigned>(problem.boxes), static_cast<unsigned>(slices)), kNchwThreads,
-         kNchwSharedBytes, stream_of(problem), problem, plan);
+         plan.bytes(), stream_of(problem), problem, plan);
   return true;
 }
 

@@ -265,212 +265,312 @@ __global__ void __launch_bounds__(kNhwcThreads, 4)
 
 // -------------------------------------------------------------------------------------------- NCHW
 
-// Note [Staging a window]
-// In NCHW, a lane that owns a channel would read one element of each sector it touches. So the
-// block first copies the pixels that carry a tap to shared memory, with lanes along x, and then
-// computes with lanes along channels, two in each: weights are the same for all channels of a cell,
-// so what a lane spends on finding them serves both.
+// Note [Rows, then columns]
+// In NCHW a lane that owns a channel would read one element of each sector it touches. So lanes are
+// neighbouring columns of pixels. A warp first sums rows of pixels: a lane goes down its column and
+// holds the last two pixels it has read, so that neighbouring cells read each row once. These sums
+// go to a tile of shared memory that belongs to the warp:
 //
-//   window   [line y][line x][channel, padded]   lines: the rows and columns that carry a tap
-//   tile     [channel][cell, padded]             results, turned so that stores run along cells
+//   tile     [channel][row of cells][column, padded]
 //
-// The pitch of a pixel is twice an odd number of words. So 16 lanes that write one channel of 16
-// pixels and 16 that write the next one use all banks, and pairs of channels are read as 8 bytes.
+// Then lanes are cells, and each sums up the columns that it has taps on. Several rows of cells are
+// one access to the tile, and results are stored in the order of memory. No warp waits for another.
 //
-// Few samples in a large cell touch few pixels, so lines are compact: a box of 7x7 cells with 2x2
-// samples stages 28x28 pixels at most, whatever its size. Boxes whose pixels do not fit even for
-// one channel, and boxes without tables, are evaluated from global memory.
+// The columns are all those from the first to the last one with a tap, or one for each tap where
+// that is fewer: few samples in a large cell touch few columns. A lane holds kNchwSlots columns, of
+// as many channels, so that these share what it takes to find the rows. A narrow box takes several
+// channels in one slot, a wide one several slots for each channel.
 
-constexpr int32_t kNchwThreads = 256;
+constexpr int32_t kNchwThreads = 128;
+constexpr int32_t kNchwWarps = kNchwThreads / 32;
+constexpr int kNchwSlots = 8;
 constexpr int32_t kNchwMostTaps = 1024;
-constexpr int32_t kNchwTileCells = 64;  // of each channel
-// What a block may have without asking. Three blocks share 164 KB or more, and two share 100 KB.
-constexpr int32_t kNchwSharedBytes = 48 * 1024;
+constexpr int32_t kNchwTileWords = 2560;  // of each warp
+// Channels that a slot of narrow columns has side by side.
+constexpr int32_t kNchwMostSide = 4;
+
+/// Neighbouring cells of a row and the columns of pixels that they read. In shared memory.
+struct alignas(16) Columns {
+  int32_t first_cell, cells;
+  int32_t most_taps;    // of a cell; 0: no column is read
+  int32_t first_pixel;  // of columns that are neighbours
+  int32_t count;
+  bool listed;       // columns are taps, most_taps for each cell
+  int32_t parts;     // slots for each channel,
+  int32_t side;      // or channels in each slot
+  int32_t channels;  // in all slots
+  int32_t pitch;     // words of a row in the tile; behind its columns there is one of zeros
+  int32_t rows;      // of cells that the tile holds
+  int32_t words;     // of these rows, for one channel and one part
+  // Lane / cells and lane / count are lane * factor / 1024.
+  int32_t cells_factor, count_factor;
+};
 
 /// How sample_nchw_kernel divides a box: grid (box, slice of channels).
 struct NchwPlan {
   TableShape tables;
   int32_t channels_per_block;
-  int32_t most_chunk_log2;  // channels staged at a time; a power of two from 2 to 64
+  uint32_t element_bytes;
+  float fill;  // as in Problem
   // Bytes from the start of the shared memory; the tables come first.
-  int32_t opened;        // Row per row: the lines that it opens
-  int32_t shared_until;  // int32_t per row, see open_lines
-  int32_t line;          // int32_t per line: its offset in a plane; those of y, then those of x
-  int32_t lines;         // int32_t: their number
-  int32_t window;        // and the tile behind it
-  int32_t words;         // of both
-  float fill;            // as in Problem
+  int32_t columns, tiles;
+
+  size_t bytes() const { return tiles + size_t{kNchwWarps} * kNchwTileWords * sizeof(float); }
 };
 
 /// The plan for any problem that satisfies tables_apply.
-inline NchwPlan nchw_plan(const Problem& problem) {
-  constexpr auto kWord = static_cast<int32_t>(sizeof(int32_t));
+inline NchwPlan nchw_plan(const Problem& problem, uint32_t element_bytes) {
   NchwPlan plan;
   plan.tables = table_shape(problem, kNchwMostTaps);
-  const int32_t rows = plan.tables.rows();
-  plan.most_chunk_log2 = 6;
-  while (plan.most_chunk_log2 > 1 && 1 << (plan.most_chunk_log2 - 1) >= problem.channels) {
-    --plan.most_chunk_log2;
-  }
   // As many channels for the price of one set of tables as leave enough blocks for a large GPU.
-  constexpr int64_t kEnoughBlocks = 1536;
-  plan.channels_per_block = 256;
-  while (plan.channels_per_block > 32 &&
+  constexpr int64_t kEnoughBlocks = 4096;
+  plan.channels_per_block = 128;
+  while (plan.channels_per_block > kNchwWarps * kNchwSlots &&
          problem.boxes * ((problem.channels - 1) / plan.channels_per_block + 1) < kEnoughBlocks) {
     plan.channels_per_block /= 2;
   }
-  plan.opened = static_cast<int32_t>(plan.tables.bytes<float, false>());
-  plan.shared_until = plan.opened + rows * static_cast<int32_t>(sizeof(Row));
-  plan.line = plan.shared_until + rows * kWord;
-  plan.lines = plan.line + plan.tables.room * kWord;
-  plan.window = (plan.lines + kWord + 15) / 16 * 16;
-  plan.words = (kNchwSharedBytes - plan.window) / kWord;
+  plan.element_bytes = element_bytes;
   plan.fill = static_cast<float>(problem.fill);
+  plan.columns = static_cast<int32_t>(plan.tables.bytes<float, false>());
+  plan.tiles = plan.columns + static_cast<int32_t>(sizeof(Columns));
   return plan;
 }
 
 namespace detail {
 
-__device__ __forceinline__ bool ascends(const Tap<float>* tap, Row row) {
-  GLIMPSE_NO_UNROLL
-  for (int32_t i = 1; i < row.count; ++i) {
-    if (tap[row.first + i - 1].pixel >= tap[row.first + i].pixel) return false;
+__device__ __forceinline__ int32_t least_of_warp(int32_t value) {
+  for (int32_t distance = 16; distance > 0; distance /= 2) {
+    const int32_t other = __shfl_xor_sync(kFullWarp, value, distance);
+    if (other < value) value = other;
   }
-  return true;
+  return value;
 }
 
-/// Decides which taps of `row` find their line among those of `before`, the row of the cell before
-/// it: the ones at pixels up to the result. All others open a line of their own, in the order of
-/// the taps; their number goes to `opened`. The result is -1 or the last pixel of `before`.
-///
-/// Rows share only where both ascend, neither end moves back, and the shared pixels are the last
-/// two of `before`. Then the last tap of every row is in the newest line so far and the shared
-/// pixel next to it in the line before, which is all that place_taps needs to know.
-__device__ __forceinline__ int32_t open_lines(const Tap<float>* tap, Row before, Row row,
-                                              int32_t* opened) {
-  *opened = row.count;
-  if (before.count == 0 || row.count == 0) return -1;
-  const int32_t last = tap[before.first + before.count - 1].pixel;
-  const int32_t next_to_last = before.count > 1 ? tap[before.first + before.count - 2].pixel : -1;
-  if (tap[row.first].pixel < tap[before.first].pixel ||
-      tap[row.first + row.count - 1].pixel < last || !ascends(tap, before) || !ascends(tap, row)) {
-    return -1;
-  }
-  int32_t shared = 0;
+/// By warp 0: the columns of as many cells from `first_cell` on as a warp can take, 32 at most.
+/// Not even one cell fits where `channels` of the result is 0.
+__device__ __forceinline__ void find_columns(const Tables<float>& tables, int32_t first_cell,
+                                             int32_t cells_y, int32_t cells_x, Columns* found) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x);
+  Columns columns = {};
+  columns.first_cell = first_cell;
+  columns.cells = cells_x - first_cell < 32 ? cells_x - first_cell : 32;
   GLIMPSE_NO_UNROLL
-  for (; shared < row.count && tap[row.first + shared].pixel <= last; ++shared) {
-    const int32_t pixel = tap[row.first + shared].pixel;
-    if (pixel != last && (pixel != last - 1 || pixel != next_to_last)) return -1;
-  }
-  *opened = row.count - shared;
-  return last;
-}
-
-/// Writes the lines that `row` opens, as offsets pixel * stride into a plane, and turns its taps
-/// from pixels to offsets into the window, (line - origin) * pitch.
-__device__ __forceinline__ void place_taps(Tap<float>* tap, Row row, int32_t shared_until,
-                                           int32_t first_opened, int32_t origin, int32_t pitch,
-                                           int32_t stride, int32_t* line_offset) {
-  int32_t next = first_opened;
-  GLIMPSE_NO_UNROLL
-  for (int32_t i = row.first; i < row.first + row.count; ++i) {
-    const int32_t pixel = tap[i].pixel;
-    int32_t line = first_opened - 1 - (shared_until - pixel);
-    if (pixel > shared_until) {
-      line = next++;
-      line_offset[line] = pixel * stride;
+  for (;; columns.cells = (columns.cells + 1) / 2) {
+    int32_t least = 0x7fffffff, minus_greatest = 0, minus_taps = 0;
+    if (lane < columns.cells) {
+      const Row row = tables.row_x[first_cell + lane];
+      minus_taps = -row.count;
+      GLIMPSE_NO_UNROLL
+      for (int32_t i = row.first; i < row.first + row.count; ++i) {
+        const int32_t pixel = tables.tap[i].pixel;
+        if (pixel < least) least = pixel;
+        if (-pixel < minus_greatest) minus_greatest = -pixel;
+      }
     }
-    tap[i].pixel = (line - origin) * pitch;
+    columns.most_taps = -least_of_warp(minus_taps);
+    columns.first_pixel = least_of_warp(least);
+    columns.count = -least_of_warp(minus_greatest) - columns.first_pixel + 1;
+    columns.listed = columns.cells * columns.most_taps < columns.count;
+    if (columns.listed) columns.count = columns.cells * columns.most_taps;
+    if (columns.most_taps == 0) columns.count = 1;  // never read
+    if (columns.count <= 32 * kNchwSlots || columns.cells == 1) break;
+  }
+  columns.parts = (columns.count + 31) / 32;
+  columns.side = 1;
+  columns.count_factor = 1024 / columns.count + 1;
+  columns.cells_factor = 1024 / columns.cells + 1;
+  if (columns.parts == 1) {
+    columns.side = 32 * columns.count_factor / 1024;
+    if (columns.side > kNchwMostSide) columns.side = kNchwMostSide;
+  }
+  columns.channels = kNchwSlots / columns.parts * columns.side;
+  columns.pitch = ((columns.count < 32 ? columns.count : 32) + 1) | 1;
+  // What the channels of a slot write at a time goes to different banks.
+  const int32_t padding = columns.side > 1 ? 31 : 0;
+  const int32_t most = (kNchwTileWords / (kNchwSlots * columns.side) - padding) / columns.pitch;
+  const int32_t batches = (cells_y + most - 1) / most;
+  columns.rows = (cells_y + batches - 1) / batches;
+  columns.words = columns.rows * columns.pitch;
+  columns.words += (columns.count - columns.words) & padding;
+  if (lane == 0) *found = columns;
+}
+
+/// The pixel of a column, or of another one where there is none.
+__device__ __forceinline__ int32_t column_pixel(const Columns& columns, const Tables<float>& tables,
+                                                int32_t column) {
+  if (!columns.listed) {
+    return columns.first_pixel + (column < columns.count ? column : columns.count - 1);
+  }
+  const int32_t cell = column / columns.most_taps;
+  if (cell >= columns.cells) return columns.first_pixel;
+  const Row row = tables.row_x[columns.first_cell + cell];
+  const int32_t i = column - cell * columns.most_taps;
+  return i < row.count ? tables.tap[row.first + i].pixel : columns.first_pixel;
+}
+
+/// The pixels of a column that a lane has read last, in every slot.
+struct Held {
+  int32_t last_pixel, previous_pixel;
+  float last[kNchwSlots], previous[kNchwSlots];
+};
+
+/// Reads the next kRows rows of pixels that a cell has taps on.
+template <int kRows, class T>
+__device__ __forceinline__ void add_rows(const T* source, const uint32_t* offset,
+                                         const Tap<float>* tap, int32_t stride_y,
+                                         uint32_t element_bytes, Held* held, float* sum) {
+  Pack<T, 1> read[kRows][kNchwSlots];
+  float weight[kRows];
+  GLIMPSE_UNROLL
+  for (int j = 0; j < kRows; ++j) {
+    const Tap<float> at = tap[j];
+    weight[j] = at.weight;
+    held->previous_pixel = held->last_pixel;
+    held->last_pixel = at.pixel;
+    const char* row = reinterpret_cast<const char*>(source + at.pixel * stride_y);
+    GLIMPSE_UNROLL
+    for (int i = 0; i < kNchwSlots; ++i) {
+      // A multiply-add, which a constant size would turn into two additions.
+      const char* pixel = row + static_cast<uint64_t>(offset[i]) * element_bytes;
+      read[j][i] = Pack<T, 1>::load(reinterpret_cast<const T*>(pixel));
+    }
+  }
+  GLIMPSE_UNROLL
+  for (int j = 0; j < kRows; ++j) {
+    GLIMPSE_UNROLL
+    for (int i = 0; i < kNchwSlots; ++i) {
+      held->previous[i] = held->last[i];
+      read[j][i].unpack(&held->last[i]);
+      sum[i] += weight[j] * held->last[i];
+    }
   }
 }
 
-/// A position in a grid that is walked row by row.
-struct GridStep {
-  int32_t y, x;
+/// The sums of the rows of pixels of one row of cells, in every slot.
+template <class T>
+__device__ __forceinline__ void sum_rows(const T* source, const uint32_t* offset,
+                                         const Tap<float>* tap, int32_t left, int32_t stride_y,
+                                         uint32_t element_bytes, Held* held, float* sum) {
+  if (left == 0) return;
+  const Tap<float> first = tap[0];
+  if (first.pixel == held->last_pixel) {
+    GLIMPSE_UNROLL
+    for (int i = 0; i < kNchwSlots; ++i) sum[i] += first.weight * held->last[i];
+    ++tap;
+    --left;
+  } else if (left > 1 && first.pixel == held->previous_pixel && tap[1].pixel == held->last_pixel) {
+    const float second = tap[1].weight;
+    GLIMPSE_UNROLL
+    for (int i = 0; i < kNchwSlots; ++i) {
+      sum[i] += first.weight * held->previous[i];
+      sum[i] += second * held->last[i];
+    }
+    tap += 2;
+    left -= 2;
+  }
+  GLIMPSE_NO_UNROLL
+  for (; left > 1; left -= 2, tap += 2)
+    add_rows<2>(source, offset, tap, stride_y, element_bytes, held, sum);
+  if (left == 1) add_rows<1>(source, offset, tap, stride_y, element_bytes, held, sum);
+}
 
-  __device__ __forceinline__ GridStep(int32_t index, int32_t width)
-      : y(index / width), x(index - y * width) {}
+/// A lane's walk over the results of a batch: one cell of every `step` rows of cells.
+struct CellWalk {
+  const float* row;  // in the tile
+  char* results;     // of the batch
+  uint32_t element_bytes;
+  uint32_t target;      // from the first result of the batch on
+  int32_t y, left;      // row of cells in its channel; rows that are left, of all channels
+  int32_t step, rows;   // rows from one result to the next, at most those of a channel
+  int32_t row_step;     // words
+  int32_t target_step;  // results
+  int32_t next_row, next_target;  // more of both to the next channel
 
-  /// index += step.
-  __device__ __forceinline__ void add(const GridStep& step, int32_t width) {
-    y += step.y;
-    x += step.x;
-    if (x >= width) {
-      x -= width;
-      ++y;
+  template <class T>
+  __device__ __forceinline__ void store(float value) const {
+    char* result = results + static_cast<uint64_t>(target) * element_bytes;
+    *reinterpret_cast<T*>(result) = Store<T>::from(value);
+  }
+  __device__ __forceinline__ void next() {
+    row += row_step;
+    target += target_step;
+    y += step;
+    left -= step;
+    if (y >= rows) {
+      y -= rows;
+      row += next_row;
+      target += next_target;
     }
   }
 };
 
-}  // namespace detail
-
-/// Words from a pixel of a staged window to the next one: twice an odd number.
-__device__ __forceinline__ int32_t window_pitch(int32_t chunk_log2) {
-  return chunk_log2 == 1 ? 2 : (1 << chunk_log2) + 2;
+/// Words from the start of a row of the tile to the column of a tap.
+__device__ __forceinline__ int32_t column_offset(const Columns& columns, int32_t cell, int32_t j,
+                                                 int32_t pixel) {
+  const int32_t column =
+      columns.listed ? cell * columns.most_taps + j : pixel - columns.first_pixel;
+  return column / 32 * columns.words + column % 32;
 }
 
-/// As add_columns, for two channels of a staged window. Taps hold offsets in bytes.
-template <int kTaps>
-__device__ __forceinline__ void add_window_columns(const char* window, const Tap<float>* tap_y,
-                                                   const Tap<float>* end_y, const Tap<float>* tap_x,
-                                                   float2* sum) {
+/// The results of a batch where empty cells are zeros. Taps that a cell does not have are at the
+/// column of zeros.
+template <int kTaps, class T>
+__device__ __forceinline__ void sum_columns(const Columns& columns, const Tables<float>& tables,
+                                            int32_t cell, CellWalk walk) {
+  const Row own = tables.row_x[columns.first_cell + cell];
   int32_t offset[kTaps];
   float weight[kTaps];
   GLIMPSE_UNROLL
   for (int j = 0; j < kTaps; ++j) {
-    const Tap<float> tap = tap_x[j];
-    offset[j] = tap.pixel;
-    weight[j] = tap.weight;
+    offset[j] = columns.pitch - 1;
+    weight[j] = 0.0f;
+    if (j < own.count) {
+      const Tap<float> tap = tables.tap[own.first + j];
+      offset[j] = column_offset(columns, cell, j, tap.pixel);
+      weight[j] = tap.weight;
+    }
   }
   GLIMPSE_NO_UNROLL
-  for (; tap_y != end_y; ++tap_y) {
-    const Tap<float> tap = *tap_y;
-    const char* row = window + tap.pixel;
-    float2 row_sum = make_float2(0.0f, 0.0f);
+  for (; walk.left > 0; walk.next()) {
+    float sum = 0.0f;
     GLIMPSE_UNROLL
-    for (int j = 0; j < kTaps; ++j) {
-      const float2 value = *reinterpret_cast<const float2*>(row + offset[j]);
-      row_sum.x += weight[j] * value.x;
-      row_sum.y += weight[j] * value.y;
-    }
-    sum->x += tap.weight * row_sum.x;
-    sum->y += tap.weight * row_sum.y;
+    for (int j = 0; j < kTaps; ++j) sum += weight[j] * walk.row[offset[j]];
+    walk.store<T>(sum);
   }
 }
 
-/// Copies kChannels channels of one pixel, `step` elements and kApart floats apart, to a window of
-/// float. Float goes by asynchronous copies; other types are all loaded, then converted.
-template <int kChannels, int kApart, class T>
-__device__ __forceinline__ void stage_channels(float* target, const T* source, int64_t step) {
-  if constexpr (std::is_same_v<T, float>) {
-    GLIMPSE_UNROLL
-    for (int i = 0; i < kChannels; ++i) copy_async4(target + i * kApart, source + i * step);
-  } else {
-    Pack<T, 1> value[kChannels];
-    GLIMPSE_UNROLL
-    for (int i = 0; i < kChannels; ++i) value[i] = Pack<T, 1>::load(source + i * step);
-    GLIMPSE_UNROLL
-    for (int i = 0; i < kChannels; ++i) value[i].unpack(target + i * kApart);
-  }
-}
-
-/// Block: a box and a slice of its channels, taken in chunks whose window fits in shared memory.
-/// First one thread per row turns the tables into lines; then, chunk by chunk, warps stage channels
-/// with lanes along pixels, compute cells with lanes along channels, and store with lanes along
-/// cells.
+/// The same for any number of taps and any fill.
 template <class T>
-__global__ void __launch_bounds__(kNchwThreads, 3)
+__device__ __forceinline__ void sum_many_columns(const Columns& columns,
+                                                 const Tables<float>& tables, const Row* row_y,
+                                                 int32_t cell, CellWalk walk, float fill) {
+  const Row own = tables.row_x[columns.first_cell + cell];
+  GLIMPSE_NO_UNROLL
+  for (; walk.left > 0; walk.next()) {
+    float sum = row_y[walk.y].count == 0 || own.count == 0 ? fill : 0.0f;
+    GLIMPSE_NO_UNROLL
+    for (int32_t j = 0; j < own.count; ++j) {
+      const Tap<float> tap = tables.tap[own.first + j];
+      sum += tap.weight * walk.row[column_offset(columns, cell, j, tap.pixel)];
+    }
+    walk.store<T>(sum);
+  }
+}
+
+}  // namespace detail
+
+/// Block: a box and a slice of its channels, which its warps take in turns.
+template <class T>
+__global__ void __launch_bounds__(kNchwThreads, 5)
     sample_nchw_kernel(GLIMPSE_GRID_CONSTANT Problem problem, GLIMPSE_GRID_CONSTANT NchwPlan plan) {
   GLIMPSE_DYNAMIC_SHARED(shared);
   const int64_t k = blockIdx.x;
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t warp = thread / 32, lane = thread % 32;
-  constexpr int32_t kWarps = kNchwThreads / 32;
 
   const Tables<float> tables = build_tables<float, false>(problem, k, plan.tables, shared);
-  auto* tap = reinterpret_cast<Tap<float>*>(shared + plan.tables.taps_offset<float>());
   const int32_t cells_y = plan.tables.cells_y, cells_x = plan.tables.cells_x;
-  const int32_t rows = cells_y + cells_x, cells = cells_y * cells_x;
+  const int32_t cells = cells_y * cells_x;
   const Level& level = problem.level[tables.level < 0 ? 0 : tables.level];
   const int64_t first_channel = static_cast<int64_t>(blockIdx.y) * plan.channels_per_block;
   const int64_t channels_left = problem.channels - first_channel;
@@ -480,47 +580,123 @@ __global__ void __launch_bounds__(kNchwThreads, 3)
   const T* image = static_cast<const T*>(level.data) + tables.image * level.stride_n +
                    first_channel * level.stride_c;
   T* pooled = static_cast<T*>(problem.pooled) + (k * problem.channels + first_channel) * cells;
-
-  // Lines.
-  auto* opened = reinterpret_cast<Row*>(shared + plan.opened);
-  auto* shared_until = reinterpret_cast<int32_t*>(shared + plan.shared_until);
-  auto* line = reinterpret_cast<int32_t*>(shared + plan.line);
-  auto* lines = reinterpret_cast<int32_t*>(shared + plan.lines);
-  for (int32_t i = thread; i < rows; i += kNchwThreads) {
-    opened[i].count = 0;
-    if (tables.fit) {
-      const bool first = i == 0 || i == cells_y;
-      shared_until[i] = detail::open_lines(tap, first ? Row{0, 0} : tables.row_y[i - 1],
-                                           tables.row_y[i], &opened[i].count);
-    }
-  }
-  __syncthreads();
-  if (warp == 0) {
-    const int32_t sum = detail::pack_rows(opened, rows, plan.tables.room);
-    if (lane == 0) *lines = sum;
-  }
-  __syncthreads();
-  const int32_t lines_y = opened[cells_y].first;
-  const int32_t lines_x = *lines - lines_y;
-  const int32_t pixels = lines_y * lines_x;
-  // Rows of cells that the tile holds, or a part of one row: what is stored from it at a time.
-  int32_t batch_rows = kNchwTileCells / cells_x;
-  if (batch_rows > cells_y) batch_rows = cells_y;
-  const int32_t batch_columns = batch_rows > 0 ? cells_x : kNchwTileCells;
-  if (batch_rows == 0) batch_rows = 1;
-  const int32_t tile_pitch = batch_rows * batch_columns | 1;
-  int32_t chunk_log2 = plan.most_chunk_log2;  // 0 where not even two channels fit
-  while (chunk_log2 > 0 &&
-         pixels * window_pitch(chunk_log2) + (tile_pitch << chunk_log2) > plan.words) {
-    --chunk_log2;
-  }
-
   const auto stride_y = static_cast<int32_t>(level.stride_h);
   const auto stride_x = static_cast<int32_t>(level.stride_w);
-  if (chunk_log2 == 0 || !tables.fit) {
-    for (int32_t i = thread; i < channels * cells; i += kNchwThreads) {
-      const int32_t channel = i / cells, cell = i - channel * cells;
-      const int32_t cell_y = cell / cells_x, cell_x = cell - cell_y * cells_x;
+  const auto stride_c = static_cast<int32_t>(level.stride_c);
+  auto* found = reinterpret_cast<Columns*>(shared + plan.columns);
+  auto* tile = reinterpret_cast<float*>(shared + plan.tiles) + warp * kNchwTileWords;
+
+  int32_t first_cell = 0;
+  GLIMPSE_NO_UNROLL
+  while (tables.fit && first_cell < cells_x) {
+    if (first_cell > 0) __syncthreads();
+    if (warp == 0) detail::find_columns(tables, first_cell, cells_y, cells_x, found);
+    __syncthreads();
+    const Columns& columns = *found;
+    if (columns.channels == 0) break;
+    const int32_t side = columns.parts > 1 ? 0 : lane * columns.count_factor / 1024;
+    const bool writes = side < columns.side;
+    const int32_t own_column = writes ? lane - side * columns.count : 0;
+    float* own_tile = tile + side * columns.words + own_column;
+    const int32_t own_pixel = detail::column_pixel(columns, tables, own_column);
+    const int32_t slot_words = columns.side * columns.words;
+    // Cells that have fewer taps than others read zeros.
+    GLIMPSE_NO_UNROLL
+    for (int32_t i = lane; i < kNchwSlots * columns.side; i += 32) {
+      GLIMPSE_NO_UNROLL
+      for (int32_t y = 1; y <= columns.rows; ++y) {
+        tile[i * columns.words + y * columns.pitch - 1] = 0.0f;
+      }
+    }
+    const int32_t row_of_lane = lane * columns.cells_factor / 1024;
+    const int32_t cell = lane - row_of_lane * columns.cells;
+
+    GLIMPSE_NO_UNROLL
+    for (int32_t channel = warp * columns.channels; channel < channels;
+         channel += kNchwWarps * columns.channels) {
+      const int32_t live =
+          channels - channel < columns.channels ? channels - channel : columns.channels;
+      const T* source = image + channel * level.stride_c;
+      // Lanes without a column of their own, and those of channels behind the last one, read what
+      // others read.
+      uint32_t offset[kNchwSlots];
+      int32_t slot_channel = writes ? side : 0, part = 0;
+      GLIMPSE_UNROLL
+      for (int i = 0; i < kNchwSlots; ++i) {
+        const int32_t of = slot_channel < live ? slot_channel : live - 1;
+        int32_t pixel = own_pixel;
+        if (part > 0) pixel = detail::column_pixel(columns, tables, part * 32 + lane);
+        offset[i] = static_cast<uint32_t>(of * stride_c + pixel * stride_x);
+        if (++part == columns.parts) {
+          part = 0;
+          slot_channel += columns.side;
+        }
+      }
+      detail::Held held;
+      held.last_pixel = held.previous_pixel = -1;
+      GLIMPSE_UNROLL
+      for (int i = 0; i < kNchwSlots; ++i) held.last[i] = held.previous[i] = 0.0f;
+
+      GLIMPSE_NO_UNROLL
+      for (int32_t first_row = 0; first_row < cells_y; first_row += columns.rows) {
+        const int32_t rows =
+            columns.rows < cells_y - first_row ? columns.rows : cells_y - first_row;
+        const int32_t pitch = columns.pitch;
+        const bool reads = columns.most_taps > 0;
+        float* target = own_tile;
+        GLIMPSE_NO_UNROLL
+        for (int32_t y = first_row; y < first_row + rows; ++y, target += pitch) {
+          const Row row = tables.row_y[y];
+          float sum[kNchwSlots] = {};
+          detail::sum_rows(source, offset, tables.tap + row.first, reads ? row.count : 0, stride_y,
+                           plan.element_bytes, &held, sum);
+          if (writes) {
+            GLIMPSE_UNROLL
+            for (int i = 0; i < kNchwSlots; ++i) target[i * slot_words] = sum[i];
+          }
+        }
+        __syncwarp();
+        detail::CellWalk walk;
+        walk.step = 32 * columns.cells_factor / 1024;
+        if (walk.step > rows) walk.step = rows;
+        if (row_of_lane < walk.step) {
+          walk.row = tile + row_of_lane * pitch;
+          walk.target = (first_row + row_of_lane) * cells_x + columns.first_cell + cell;
+          walk.y = row_of_lane;
+          walk.rows = rows;
+          walk.left = live * rows - row_of_lane;
+          walk.row_step = walk.step * pitch;
+          walk.target_step = walk.step * cells_x;
+          walk.next_row = columns.parts * columns.words - rows * pitch;
+          walk.next_target = cells - rows * cells_x;
+          walk.results = reinterpret_cast<char*>(pooled + static_cast<int64_t>(channel) * cells);
+          walk.element_bytes = plan.element_bytes;
+          // No switch: a jump table would be read from memory.
+          const int32_t taps = plan.fill == 0.0f ? columns.most_taps : kNchwMostTaps;
+          if (taps <= 2) {
+            detail::sum_columns<2, T>(columns, tables, cell, walk);
+          } else if (taps == 3) {
+            detail::sum_columns<3, T>(columns, tables, cell, walk);
+          } else if (taps == 4) {
+            detail::sum_columns<4, T>(columns, tables, cell, walk);
+          } else if (taps <= 6) {
+            detail::sum_columns<6, T>(columns, tables, cell, walk);
+          } else {
+            detail::sum_many_columns<T>(columns, tables, tables.row_y + first_row, cell, walk,
+                                        plan.fill);
+          }
+        }
+        __syncwarp();
+      }
+    }
+    first_cell += columns.cells;
+  }
+  if (!tables.fit || first_cell < cells_x) {
+    const int32_t columns_left = cells_x - first_cell;
+    for (int32_t i = thread; i < channels * cells_y * columns_left; i += kNchwThreads) {
+      const int32_t row = i / columns_left, channel = row / cells_y;
+      const int32_t cell_y = row - channel * cells_y;
+      const int32_t cell_x = first_cell + i - row * columns_left;
       const T* plane = image + channel * level.stride_c;
       float sum = 0.0f;
       if (tables.fit) {
@@ -528,150 +704,20 @@ __global__ void __launch_bounds__(kNchwThreads, 3)
         if (row_y.count == 0 || row_x.count == 0) sum = plan.fill;
         GLIMPSE_NO_UNROLL
         for (int32_t y = row_y.first; y < row_y.first + row_y.count; ++y) {
-          const T* row = plane + tap[y].pixel * stride_y;
-          float row_sum = 0.0f;
+          const T* line = plane + tables.tap[y].pixel * stride_y;
+          float line_sum = 0.0f;
           GLIMPSE_NO_UNROLL
           for (int32_t x = row_x.first; x < row_x.first + row_x.count; ++x) {
-            row_sum += tap[x].weight * load_value(row[tap[x].pixel * stride_x]);
+            line_sum += tables.tap[x].weight * load_value(line[tables.tap[x].pixel * stride_x]);
           }
-          sum += tap[y].weight * row_sum;
+          sum += tables.tap[y].weight * line_sum;
         }
       } else {
         sum = cell_value(
             problem.op, plan.fill, tables.axis[kY], tables.axis[kX], cell_y, cell_x,
             [&](int32_t y, int32_t x) { return load_value(plane[y * stride_y + x * stride_x]); });
       }
-      pooled[i] = Store<T>::from(sum);
-    }
-    return;
-  }
-
-  const int32_t chunk = 1 << chunk_log2;
-  const int32_t pitch = window_pitch(chunk_log2);
-  const int32_t pitch_bytes = pitch * static_cast<int32_t>(sizeof(float));
-  for (int32_t i = thread; i < rows; i += kNchwThreads) {
-    const bool is_y = i < cells_y;
-    detail::place_taps(tap, tables.row_y[i], shared_until[i], opened[i].first, is_y ? 0 : lines_y,
-                       is_y ? lines_x * pitch_bytes : pitch_bytes, is_y ? stride_y : stride_x,
-                       line);
-  }
-  __syncthreads();
-
-  auto* window = reinterpret_cast<float*>(shared + plan.window);
-  float* tile = window + pixels * pitch;
-  // Half of a warp stages one channel of 16 pixels, the other half the next channel. A warp takes
-  // every kPairs-th pair: more channels for the price of finding a pixel were it fewer, more even
-  // work for all warps were it more.
-  constexpr int32_t kPairs = 2, kChannelStep = 2 * kPairs;
-  const int32_t staged_channel = warp % kPairs * 2 + lane / 16;
-  const int32_t first_pixel = warp / kPairs * 16 + lane % 16;
-  constexpr int32_t kPixelStep = kWarps / kPairs * 16;
-  const detail::GridStep first_place(first_pixel, lines_x > 0 ? lines_x : 1);
-  const detail::GridStep place_step(kPixelStep, lines_x > 0 ? lines_x : 1);
-  // Lanes of a cell are pairs of channels. Cells are taken column by column: those of a warp share
-  // their taps along x, so that they branch alike.
-  const int32_t lanes_log2 = chunk_log2 - 1;
-  const int32_t channel = (thread & (chunk / 2 - 1)) * 2;
-  const char* own_window = shared + plan.window + channel * static_cast<int32_t>(sizeof(float));
-  const int32_t first_cell = thread >> lanes_log2;
-  const int32_t cell_step = kNchwThreads >> lanes_log2;
-
-  for (int32_t chunk_first = 0; chunk_first < channels; chunk_first += chunk) {
-    const int32_t left = channels - chunk_first;
-    const int32_t live = left < chunk ? left : chunk;
-    if (pixels > 0) {
-      const T* first_source = image + (chunk_first + staged_channel) * level.stride_c;
-      const int64_t step = kChannelStep * level.stride_c;
-      detail::GridStep place = first_place;
-      for (int32_t pixel = first_pixel; pixel < pixels; pixel += kPixelStep) {
-        const T* source = first_source + (line[place.y] + line[lines_y + place.x]);
-        float* target = window + pixel * pitch + staged_channel;
-        int32_t c = staged_channel;
-        GLIMPSE_NO_UNROLL
-        for (; c + 3 * kChannelStep < live; c += 4 * kChannelStep) {
-          stage_channels<4, kChannelStep>(target, source, step);
-          target += 4 * kChannelStep;
-          source += 4 * step;
-        }
-        GLIMPSE_NO_UNROLL
-        for (; c < live; c += kChannelStep) {
-          stage_channels<1, kChannelStep>(target, source, step);
-          target += kChannelStep;
-          source += step;
-        }
-        place.add(place_step, lines_x);
-      }
-    }
-    copy_async_wait_all();
-    __syncthreads();
-
-    int32_t batch_y = 0, batch_x = 0;  // its first cell
-    while (batch_y < cells_y) {
-      const int32_t rows_left = cells_y - batch_y, columns_left = cells_x - batch_x;
-      const int32_t own_rows = rows_left < batch_rows ? rows_left : batch_rows;
-      const int32_t own_columns = columns_left < batch_columns ? columns_left : batch_columns;
-      const int32_t batch_cells = own_rows * own_columns;
-      if (channel < live) {
-        const detail::GridStep place_step(cell_step, own_rows);  // y: columns, x: rows
-        detail::GridStep place(first_cell, own_rows);
-        for (int32_t i = first_cell; i < batch_cells; i += cell_step) {
-          const Row row_y = tables.row_y[batch_y + place.x];
-          const Row row_x = tables.row_x[batch_x + place.y];
-          const Tap<float>* tap_y = tap + row_y.first;
-          const Tap<float>* end_y = tap_y + row_y.count;
-          const Tap<float>* tap_x = tap + row_x.first;
-          float2 sum = make_float2(0.0f, 0.0f);
-          if (row_y.count == 0 || row_x.count == 0) sum = make_float2(plan.fill, plan.fill);
-          GLIMPSE_NO_UNROLL
-          for (int32_t left = row_x.count; left > 0; left -= 4, tap_x += 4) {
-            switch (left) {
-              case 1:
-                add_window_columns<1>(own_window, tap_y, end_y, tap_x, &sum);
-                break;
-              case 2:
-                add_window_columns<2>(own_window, tap_y, end_y, tap_x, &sum);
-                break;
-              case 3:
-                add_window_columns<3>(own_window, tap_y, end_y, tap_x, &sum);
-                break;
-              default:
-                add_window_columns<4>(own_window, tap_y, end_y, tap_x, &sum);
-            }
-          }
-          float* target = tile + channel * tile_pitch + place.x * own_columns + place.y;
-          target[0] = sum.x;
-          target[tile_pitch] = sum.y;
-          place.add(place_step, own_rows);
-        }
-      }
-      __syncthreads();
-      if (tile_pitch == cells) {  // a tile without padding is what the results look like
-        T* target = pooled + static_cast<int64_t>(chunk_first) * cells;
-        GLIMPSE_NO_UNROLL
-        for (int32_t i = thread; i < live * cells; i += kNchwThreads) {
-          target[i] = Store<T>::from(tile[i]);
-        }
-      } else {
-        const float* own_tile = tile + warp * tile_pitch + lane;
-        T* target = pooled + static_cast<int64_t>(chunk_first + warp) * cells + batch_y * cells_x +
-                    batch_x + lane;
-        GLIMPSE_NO_UNROLL
-        for (int32_t c = warp; c < live; c += kWarps) {
-          GLIMPSE_NO_UNROLL
-          for (int32_t i = 0; i < batch_cells - lane; i += 32) {
-            target[i] = Store<T>::from(own_tile[i]);
-          }
-          own_tile += kWarps * tile_pitch;
-          target += int64_t{kWarps} * cells;
-        }
-      }
-      batch_x += own_columns;
-      if (batch_x == cells_x) {
-        batch_x = 0;
-        batch_y += own_rows;
-      }
-      // The next batch overwrites the tile. The next chunk has a barrier of its own before that.
-      if (batch_y < cells_y) __syncthreads();
+      pooled[row * cells_x + cell_x] = Store<T>::from(sum);
     }
   }
 }
