@@ -47,7 +47,9 @@ bool packs_channels(const Problem& problem) {
 /// for the tables that it builds. Sizes alone decide, so the order of sums never changes.
 int32_t slices_of(const Problem& problem) {
   constexpr int64_t kEnoughBlocks = 2048, kLeastWork = 14;  // rows of cells in 32 channels
-  if (problem.boxes == 0 || 2 * problem.boxes > kEnoughBlocks) return 1;
+  // Wide loads leave less to gain, so that it pays only where a wave is far from full.
+  const int64_t many = problem.layout == Layout::kNhwc ? kEnoughBlocks / 4 : kEnoughBlocks / 2;
+  if (problem.boxes == 0 || problem.boxes >= many) return 1;
   const int64_t wanted = (kEnoughBlocks + problem.boxes - 1) / problem.boxes;
   const int64_t most = (problem.channels + 31) / 32 * problem.out_height / kLeastWork;
   const int64_t slices = wanted < most ? wanted : most;
@@ -99,7 +101,7 @@ void grad_boxes_typed(const Problem& problem) {
   const int32_t slices = slices_of(problem);
   if (slices == 1) return;
   launch(grad_boxes_sum_kernel<acc_t<T>>,
-         dim3(static_cast<unsigned>((problem.boxes + kBoxThreads - 1) / kBoxThreads)), kBoxThreads,
+         dim3(static_cast<unsigned>((problem.boxes + kSumThreads - 1) / kSumThreads)), kSumThreads,
          0, static_cast<Stream>(problem.stream), problem, slices);
 }
 

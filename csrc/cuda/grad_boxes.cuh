@@ -61,6 +61,7 @@ struct BoxSums {
 
 constexpr int32_t kBoxWarps = 8;  // of a block, at most
 constexpr int32_t kBoxThreads = 32 * kBoxWarps;
+constexpr int32_t kSumThreads = 32;
 // With tables. Five such blocks leave 96 registers a thread, and some compute while others build
 // their tables.
 constexpr int32_t kTableThreads = 128;
@@ -105,7 +106,7 @@ __device__ __forceinline__ void write_box(const Problem& problem, int64_t k,
   if (threadIdx.x > 0) return;
   for (int32_t i = 1; i < static_cast<int32_t>(blockDim.x / 32); ++i) sums.add(warp_sums[i]);
   if (gridDim.y > 1) {
-    static_cast<BoxSums<Number>*>(problem.workspace)[k * gridDim.y + blockIdx.y] = sums;
+    static_cast<BoxSums<Number>*>(problem.workspace)[blockIdx.y * problem.boxes + k] = sums;
   } else {
     const auto axis_of = [&](int32_t d) -> const BoxAxis<Number>& { return axis[d]; };
     write_row(problem, k, axis != nullptr, axis_of, sums);
@@ -114,13 +115,13 @@ __device__ __forceinline__ void write_box(const Problem& problem, int64_t k,
 
 /// Thread: a box, whose slices it adds in order.
 template <class Number>
-__global__ void __launch_bounds__(kBoxThreads)
+__global__ void __launch_bounds__(kSumThreads)
     grad_boxes_sum_kernel(GLIMPSE_GRID_CONSTANT Problem problem, int32_t slices) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kBoxThreads + threadIdx.x;
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   if (k >= problem.boxes) return;
-  const auto* slice = static_cast<const BoxSums<Number>*>(problem.workspace) + k * slices;
-  BoxSums<Number> sums = slice[0];
-  for (int32_t i = 1; i < slices; ++i) sums.add(slice[i]);
+  const auto* slice = static_cast<const BoxSums<Number>*>(problem.workspace) + k;
+  BoxSums<Number> sums = *slice;
+  for (int32_t i = 1; i < slices; ++i) sums.add(slice[i * problem.boxes]);
   const Box<Number> box = read_box<Number>(problem, k);
   const auto axis_of = [&](int32_t d) { return box_axis(problem, box, d); };
   write_row(problem, k, box.level >= 0, axis_of, sums);

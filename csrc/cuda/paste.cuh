@@ -121,9 +121,13 @@ __device__ __forceinline__ void paste_together(const PasteProblem& problem, Cell
   }
 }
 
+/// Blocks that share a multiprocessor. Conversions of bytes are many at a time.
+template <class T>
+constexpr int32_t kPasteBlocks = sizeof(T) == 8 || sizeof(T) == 1 ? 2 : 3;
+
 /// Block: 32 KB of the image of one mask. See Note [Packs of a mask].
 template <class T, class Out>
-__global__ void __launch_bounds__(kPasteThreads, sizeof(acc_t<T>) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kPasteThreads, kPasteBlocks<T>)
     paste_kernel(GLIMPSE_GRID_CONSTANT PasteProblem problem, GLIMPSE_GRID_CONSTANT PastePlan plan) {
   using Number = acc_t<T>;
   constexpr int32_t kCells = kPasteCells<Out>, kTogether = kPasteTogether<Out>;
