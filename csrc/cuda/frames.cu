@@ -68,13 +68,18 @@ void pool(const FrameProblem& problem) {
          problem.boxes * ((problem.channels - 1) / plan.channels_per_block + 1) < kEnoughBlocks) {
     plan.channels_per_block /= 2;
   }
+  // A few channels are read as fast as they are staged.
+  plan.stages = kChannels == 1 && !kMaximum && sizeof(acc_t<T>) == 4 && plan.tables.rows > 0 &&
+                problem.layout == Layout::kNchw && problem.channels >= 8 &&
+                int64_t{problem.out_height} * problem.out_width <= 1024;
   int64_t slices = (problem.channels - 1) / plan.channels_per_block + 1;
   if (slices > kMostGridY) {
     throw std::invalid_argument("glimpse_ext: more channels than blocks in a grid");
   }
   launch(frames_pool_kernel<T, kChannels, kMaximum>,
          dim3(boxes_of(problem), static_cast<unsigned>(slices)), kFrameThreads,
-         plan.tables.bytes<acc_t<T>>(), stream_of(problem), problem, plan);
+         plan.tables.bytes<acc_t<T>>() + (plan.stages ? kStageWords * sizeof(float) : 0),
+         stream_of(problem), problem, plan);
 }
 
 template <class T, bool kMaximum>

@@ -280,6 +280,8 @@ __global__ void __launch_bounds__(32 * kGatherWarps<acc_t<T>>, 2)
   const int64_t channel = first_channel + lane;
   const FrameStrides strides(problem);
   const T* pooled = static_cast<const T*>(problem.pooled) + channel * strides.channel;
+  const auto cell_stride =
+      static_cast<int32_t>(strides.cell);  // channels, of which a grid has less
   Number* own = sums[warp] + lane;
   for (int32_t i = 0; i <= kTilePixels; ++i) own[i * kTilePitch] = 0;
 
@@ -339,7 +341,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps<acc_t<T>>, 2)
             const GatherEntry<Number> entry = list[w][e];
             if (entry.cell != cell) {
               cell = entry.cell;
-              value = load_value(grad[cell * strides.cell]);
+              value = load_value(grad[int64_t{cell} * cell_stride]);
             }
             // Places differ but for the one that nobody reads.
             Number sum[4];
@@ -359,11 +361,15 @@ __global__ void __launch_bounds__(32 * kGatherWarps<acc_t<T>>, 2)
   T* target = static_cast<T*>(map.data) + image * map.stride_n;
   if (problem.layout == Layout::kNhwc) {
     if (channel >= problem.channels) return;
-    for (int32_t i = 0; i < kTilePixels; ++i) {
-      const int32_t y = tile.first_y + i / kTileWidth, x = tile.first_x + i % kTileWidth;
-      if (y >= tile.end_y || x >= tile.end_x) continue;
-      target[channel * map.stride_c + y * map.stride_h + x * map.stride_w] =
-          Store<T>::from(own[i * kTilePitch]);
+    target += channel * map.stride_c + tile.first_y * map.stride_h + tile.first_x * map.stride_w;
+    const int32_t width = tile.end_x - tile.first_x;
+    GLIMPSE_NO_UNROLL
+    for (int32_t y = 0; y < tile.end_y - tile.first_y; ++y, target += map.stride_h) {
+      T* pixel = target;
+      GLIMPSE_UNROLL
+      for (int32_t x = 0; x < kTileWidth; ++x, pixel += map.stride_w) {
+        if (x < width) *pixel = Store<T>::from(own[(y * kTileWidth + x) * kTilePitch]);
+      }
     }
     return;
   }
