@@ -356,15 +356,22 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t
         const T* source = image + base * map.stride_c + (low + row) * map.stride_h +
                           (run.first + x) * map.stride_w;
         float* target = window + (run.start + x) * pitch;
-        GLIMPSE_NO_UNROLL
-        for (int32_t c = 0; c < live; ++c) {
+        const auto stage_channel = [&](int32_t c) {
           if constexpr (sizeof(T) == 4) {
             copy_async4(target + c, source);
           } else {
             target[c] = load_value(*source);
           }
           source += map.stride_c;
+        };
+        int32_t c = 0;
+        GLIMPSE_NO_UNROLL
+        for (; c + 3 < live; c += 4) {
+          GLIMPSE_UNROLL
+          for (int32_t i = 0; i < 4; ++i) stage_channel(c + i);
         }
+        GLIMPSE_NO_UNROLL
+        for (; c < live; ++c) stage_channel(c);
       }
     }
     copy_async_wait_all();

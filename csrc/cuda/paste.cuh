@@ -21,10 +21,10 @@ namespace glimpse::cuda {
 // tables, with the weights of their two mask pixels. Where a table has no room, and in the packs
 // that two images share, pixels are computed one by one.
 
-constexpr int32_t kPasteThreads = 256;
+constexpr int32_t kPasteThreads = 128;
 constexpr int32_t kPasteWarps = kPasteThreads / 32;
 /// Packs of 16 bytes that a thread owns: 32 KB for each block.
-constexpr int32_t kPastePacks = 8;
+constexpr int32_t kPastePacks = 16;
 constexpr int32_t kPasteBlockPacks = kPastePacks * kPasteThreads;
 template <class Out>
 constexpr int32_t kPasteCells = 16 / static_cast<int32_t>(sizeof(Out));  // pixels of a pack
@@ -123,7 +123,7 @@ __device__ __forceinline__ void paste_together(const PasteProblem& problem, Cell
 
 /// Blocks that share a multiprocessor. Conversions of bytes are many at a time.
 template <class T>
-constexpr int32_t kPasteBlocks = sizeof(T) == 8 || sizeof(T) == 1 ? 2 : 3;
+constexpr int32_t kPasteBlocks = sizeof(T) == 8 || sizeof(T) == 1 ? 4 : 5;
 
 /// Block: 32 KB of the image of one mask. See Note [Packs of a mask].
 template <class T, class Out>
