@@ -60,9 +60,11 @@ NARROW_LOADS = {
     "`sample_nchw_kernel`": "rows of pixels start anywhere; neighbouring lanes read neighbours",
     "`sample_simple_kernel`, `gather_simple_kernel`, `grad_boxes_simple_kernel`": "any strides, "
     "any sizes: one element at a time",
-    "`grad_boxes_cells_kernel`": "lanes are cells; their pixels are no neighbours and not aligned; "
-    "a lane loads 8 channels at a time",
-    "`frames_chosen_kernel`": "every channel of a cell has a sample of its own",
+    "`grad_boxes_taps_kernel`": "lanes are taps along x, side by side but not aligned; a lane "
+    "loads 8 channels at a time",
+    "`grad_boxes_sum_kernel`": "adds a few numbers for each box",
+    "`frames_chosen_kernel`, `frames_grad_chosen_kernel`": "every channel of a cell has a sample "
+    "of its own",
     "`frames_grad_features_kernel`, `frames_grad_boxes_kernel`": "lanes are channels or pixels "
     "side by side; a warp reads 64 to 256 bytes in one piece",
     "`paste_kernel`": "masks are small and stay in L1; stores are 16 bytes",

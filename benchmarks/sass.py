@@ -252,7 +252,7 @@ def _modifiers(line: Line, into: _Instruction) -> None:
     if "64H" in line.name:
         flags |= FLAGS["64H"]
         flags |= FLAGS["RSQ"] if "RSQ64H" in line.name else FLAGS["RCP"]
-    if operation in {"IMAD", "UIMAD", "ISETP", "UISETP", "VIMNMX", "IMNMX", "UIMNMX", "VIADDMNMX"}:
+    if operation in {"IMAD", "UIMAD", "ISETP", "UISETP"} or "MNMX" in operation:
         flags |= FLAGS["U32"] if "U32" in parts else 0
     if operation in {"SHF", "USHF"}:
         flags |= FLAGS["U32"] if {"U32", "U64"} & set(parts) else 0

@@ -48,7 +48,7 @@ enum Kind : uint8_t { kNone, kReg, kUreg, kImm, kConst, kPred, kUpred, kAddress,
   X(LDGSTS) X(LDL) X(LDS) X(LEA) X(LOP3) X(MOV) X(MUFU) X(NOP) X(P2R) X(PLOP3) X(POPC) X(PRMT) \
   X(QSPC) X(R2P) X(R2UR) X(RED) X(REDG) X(RET) X(S2R) X(S2UR) X(SEL) X(SHF) X(SHFL) X(ST) \
   X(STG) X(STL) X(STS) X(UIADD3) X(UIMAD) X(UIMNMX) X(UISETP) X(ULDC) X(ULEA) X(ULOP3) X(UMOV) \
-  X(UPLOP3) X(UPOPC) X(UPRMT) X(USEL) X(USHF) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VOTE) X(VOTEU) \
+  X(UPLOP3) X(UPOPC) X(UPRMT) X(USEL) X(USHF) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VIMNMX3) X(VOTE) X(VOTEU) \
   X(WARPSYNC) X(YIELD) X(UNKNOWN)
 // clang-format on
 enum Operation : uint16_t {
@@ -1218,6 +1218,21 @@ void Machine::step(Warp& w, size_t at) {
         const bool less =
             in.flags & kUnsigned ? x < c[i] : static_cast<int32_t>(x) < static_cast<int32_t>(c[i]);
         return less == ((smaller >> i & 1) != 0) ? x : c[i];
+      });
+      break;
+    }
+    case VIMNMX3: {
+      const uint32_t *a = integer(w, o[1], ra), *b = integer(w, o[2], rb),
+                     *c = integer(w, o[3], rc);
+      const uint32_t smaller = predicate(w, o[4]);
+      store(w, o[0], mask, 0, [&](int i) {
+        const bool least = (smaller >> i & 1) != 0;
+        const auto pick = [&](uint32_t x, uint32_t y) {
+          const bool less =
+              in.flags & kUnsigned ? x < y : static_cast<int32_t>(x) < static_cast<int32_t>(y);
+          return less == least ? x : y;
+        };
+        return pick(pick(a[i], b[i]), c[i]);
       });
       break;
     }

@@ -25,6 +25,7 @@ struct Backend {
   bool checks_image_index;
   /// Bytes of Problem::workspace that a call needs.
   size_t (*grad_features_workspace)(const Problem&);
+  size_t (*grad_boxes_workspace)(const Problem&);
   void (*sample)(const Problem&);
   void (*grad_features)(const Problem&);
   void (*grad_boxes)(const Problem&);

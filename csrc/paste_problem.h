@@ -82,6 +82,30 @@ struct PasteLine {
   }
 };
 
+/// Takes the cells from `line` that read nothing: a sample may lie on the first pixel outside.
+template <class T>
+GLIMPSE_HD Cells reading_cells(const PasteLine<T>& line) {
+  Cells cells = line.pixels;
+  while (cells.first < cells.end && line.taps(cells.first).count == 0) ++cells.first;
+  while (cells.first < cells.end && line.taps(cells.end - 1).count == 0) --cells.end;
+  return cells;
+}
+
+/// The taps of a reading cell as two pixels always: a single one counts twice with half its weight,
+/// which gives the same sum.
+template <class T>
+struct Pair {
+  int32_t pixel[2];
+  T weight[2];
+
+  GLIMPSE_HD static Pair of(const Taps<T>& taps) {
+    const bool two = taps.count == 2;
+    const T half = taps.weight[0] / 2;
+    return {{taps.pixel[0], two ? taps.pixel[1] : taps.pixel[0]},
+            {two ? taps.weight[0] : half, two ? taps.weight[1] : half}};
+  }
+};
+
 /// The value of a pixel: taps along x first, then along y, each operation rounded once. A value
 /// meets a threshold by its last bit, so all devices compute it in this order.
 /// `read(y, x)` is a pixel of the mask.

@@ -71,6 +71,7 @@ const Backend& cpu_backend() {
   static const Backend backend = {"cpu",
                                   true,
                                   [](const Problem&) -> size_t { return 0; },
+                                  [](const Problem&) -> size_t { return 0; },
                                   cpu_sample,
                                   cpu_grad_features,
                                   cpu_grad_boxes,

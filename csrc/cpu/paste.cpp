@@ -60,7 +60,7 @@ void paste_part(const PasteProblem& problem, int64_t k, int64_t part, int64_t pa
   }
   if (first < end) spread.start(problem, k, along_x, columns);
   for (int32_t y = first; y < end; ++y) {
-    const Pair<A> pair(along_y.taps(y));
+    const auto pair = Pair<A>::of(along_y.taps(y));
     const PasteRow<A> row = {{spread.row(pair.pixel[0], pair.pixel[1]),  // keeps the other one
                               spread.row(pair.pixel[1], pair.pixel[0])},
                              {pair.weight[0], pair.weight[1]},

@@ -14,30 +14,6 @@
 
 namespace glimpse {
 
-/// Takes the cells from `line` that read nothing: a sample may lie on the first pixel outside.
-template <class A>
-Cells reading_cells(const PasteLine<A>& line) {
-  Cells cells = line.pixels;
-  while (cells.first < cells.end && line.taps(cells.first).count == 0) ++cells.first;
-  while (cells.first < cells.end && line.taps(cells.end - 1).count == 0) --cells.end;
-  return cells;
-}
-
-/// Two pixels with their weights, as PasteColumns wants them.
-template <class A>
-struct Pair {
-  int32_t pixel[2];
-  A weight[2];
-
-  explicit Pair(const Taps<A>& taps) {
-    const bool two = taps.count == 2;
-    pixel[0] = taps.pixel[0];
-    pixel[1] = two ? taps.pixel[1] : taps.pixel[0];
-    weight[0] = two ? taps.weight[0] : taps.weight[0] / 2;
-    weight[1] = two ? taps.weight[1] : weight[0];
-  }
-};
-
 /// The rows of one mask, spread over the columns of the image that it reaches, and zeros up to a
 /// multiple of kPad columns. The last two are kept: the rows of the image ask for them in order.
 template <class T>
@@ -57,7 +33,7 @@ class SpreadRows {
       held_[slot] = -1;
     }
     for (size_t i = 0; i < count; ++i) {
-      const Pair<A> pair(line.taps(columns.first + static_cast<int32_t>(i)));
+      const auto pair = Pair<A>::of(line.taps(columns.first + static_cast<int32_t>(i)));
       for (int slot = 0; slot < 2; ++slot) {
         pixel_[slot][i] = pair.pixel[slot];
         weight_[slot][i] = pair.weight[slot];

@@ -119,7 +119,7 @@ class RunsOfMask {
     weight_.resize(2 * static_cast<size_t>(rows_.end - rows_.first));
     A* weight = weight_.data();
     for (int32_t y = rows_.first; y < rows_.end; ++y, weight += 2) {
-      const Pair<A> pair(line.taps(y));
+      const auto pair = Pair<A>::of(line.taps(y));
       weight[0] = pair.weight[0];
       weight[1] = pair.weight[1];
       Segment* last = segments_.empty() ? nullptr : &segments_.back();

@@ -68,13 +68,18 @@ void pool(const FrameProblem& problem) {
          problem.boxes * ((problem.channels - 1) / plan.channels_per_block + 1) < kEnoughBlocks) {
     plan.channels_per_block /= 2;
   }
+  // A few channels are read as fast as they are staged.
+  plan.stages = kChannels == 1 && !kMaximum && sizeof(acc_t<T>) == 4 && plan.tables.rows > 0 &&
+                problem.layout == Layout::kNchw && problem.channels >= 8 &&
+                int64_t{problem.out_height} * problem.out_width <= 1024;
   int64_t slices = (problem.channels - 1) / plan.channels_per_block + 1;
   if (slices > kMostGridY) {
     throw std::invalid_argument("glimpse_ext: more channels than blocks in a grid");
   }
   launch(frames_pool_kernel<T, kChannels, kMaximum>,
          dim3(boxes_of(problem), static_cast<unsigned>(slices)), kFrameThreads,
-         plan.tables.bytes<acc_t<T>>(), stream_of(problem), problem, plan);
+         plan.tables.bytes<acc_t<T>>() + (plan.stages ? kStageWords * sizeof(float) : 0),
+         stream_of(problem), problem, plan);
 }
 
 template <class T, bool kMaximum>
@@ -93,29 +98,33 @@ void sample_typed(const FrameProblem& problem) {
          problem);
 }
 
-template <class T, bool kChosen>
-void grad_features_tiles(const FrameProblem& problem) {
+template <class T>
+void grad_features_typed(const FrameProblem& problem) {
   const Level& map = problem.map;
+  const bool chosen = problem.chosen != nullptr;
   const int64_t tiles =
       int64_t{(map.width - 1) / kTileWidth + 1} * ((map.height - 1) / kTileHeight + 1);
-  const int64_t slices = (problem.channels - 1) / kTileChannels<acc_t<T>, kChosen> + 1;
+  const int64_t groups = (problem.channels - 1) / 32 + 1;  // of channels
+  constexpr int64_t kMostWarps = kGatherWarps<acc_t<T>>;
+  const int64_t warps = groups < kMostWarps ? groups : kMostWarps;
+  const int64_t channels = chosen ? kTileChannels : 32 * warps;
+  const int64_t slices = (problem.channels - 1) / channels + 1;
   if (tiles > kMostGridX || slices > kMostGridY) {
     throw std::invalid_argument("glimpse_ext: the map has more tiles than a grid has blocks");
   }
   for (int64_t first_image = 0; first_image < problem.batch; first_image += kMostGridY) {
     const int64_t left = problem.batch - first_image;
-    launch(frames_grad_features_kernel<T, kChosen>,
-           dim3(static_cast<unsigned>(tiles),
-                static_cast<unsigned>(left < kMostGridY ? left : kMostGridY),
-                static_cast<unsigned>(slices)),
-           kFrameThreads, 0, stream_of(problem), problem, first_image);
+    const dim3 grid(static_cast<unsigned>(tiles),
+                    static_cast<unsigned>(left < kMostGridY ? left : kMostGridY),
+                    static_cast<unsigned>(slices));
+    if (chosen) {
+      launch(frames_grad_chosen_kernel<T>, grid, kFrameThreads, 0, stream_of(problem), problem,
+             first_image);
+    } else {
+      launch(frames_grad_features_kernel<T>, grid, static_cast<unsigned>(32 * warps), 0,
+             stream_of(problem), problem, first_image);
+    }
   }
-}
-
-template <class T>
-void grad_features_typed(const FrameProblem& problem) {
-  problem.chosen != nullptr ? grad_features_tiles<T, true>(problem)
-                            : grad_features_tiles<T, false>(problem);
 }
 
 template <class T>

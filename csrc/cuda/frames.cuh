@@ -113,6 +113,7 @@ struct FrameTableShape {
 struct FramePlan {
   FrameTableShape tables;
   int32_t channels_per_block;  // a multiple of the channels of a thread
+  bool stages;                 // Note [Staged samples]
 };
 
 /// The samples of box `box` in shared memory. All threads call it, after a barrier; barriers
@@ -239,6 +240,176 @@ struct FrameReduction {
   }
 };
 
+// Note [Staged samples]
+// In kNchw, cells of a warp read pixels that lie in as many lines of memory, and cells of a turned
+// box have no order that helps. So the block copies the pixels that samples reach to shared memory,
+// row by row with lanes along x, some channels at a time; of each row only the run of pixels
+// between the first and the last that is read, because the rectangle around a turned box is twice
+// as large. Lanes are channels then, and cells that share a warp differ in their channels'
+// addresses only.
+
+constexpr int32_t kStageRows = 128;
+constexpr int32_t kStageWords = 10240;  // 40 KB: the window, and the results of all cells behind it
+
+/// A row of the map in the window: pixels first .. first + count - 1, of which the first is number
+/// `start` of the window.
+struct StageRow {
+  int32_t first, count, start;
+};
+
+/// Means of all cells of a box in the channels of `image` and `pooled`, where its samples fit. All
+/// threads call it, after build_frame_tables; barriers inside. False where they do not fit, and
+/// then nothing has changed.
+template <class T>
+__device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t lines_y,
+                                            int32_t lines_x, const int32_t* start_y,
+                                            const int32_t* start_x, FrameTap<float>* table,
+                                            float* window, const T* image, int32_t channels,
+                                            float factor, pooled_t<T>* pooled) {
+  constexpr int32_t kWarps = kFrameThreads / 32;
+  GLIMPSE_SHARED(StageRow, stage, [kStageRows]);
+  GLIMPSE_SHARED(int2, reached, [kWarps]);
+  GLIMPSE_SHARED(int32_t, stage_pixels, );
+  const Level& map = problem.map;
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t lane = thread & 31, warp = thread >> 5;
+  const int32_t cells_x = problem.out_width, cells = problem.out_height * cells_x;
+  const int32_t taps = lines_y * lines_x;
+
+  int32_t low = 2147483647, high = -1;
+  for (int32_t i = thread; i < taps; i += kFrameThreads) {
+    const int32_t highs = table[i].highs, y = table[i].y;
+    if (highs < 0) continue;
+    low = y < low ? y : low;
+    const int32_t last = y + (highs & 1);
+    high = last > high ? last : high;
+  }
+  for (int32_t distance = 16; distance > 0; distance /= 2) {
+    const int32_t other_low = __shfl_xor_sync(kFullWarp, low, distance);
+    const int32_t other_high = __shfl_xor_sync(kFullWarp, high, distance);
+    low = other_low < low ? other_low : low;
+    high = other_high > high ? other_high : high;
+  }
+  if (lane == 0) reached[warp] = make_int2(low, high);
+  __syncthreads();
+  for (int32_t i = 0; i < kWarps; ++i) {
+    low = reached[i].x < low ? reached[i].x : low;
+    high = reached[i].y > high ? reached[i].y : high;
+  }
+  const int32_t rows = high < 0 ? 0 : high - low + 1;
+  if (rows > kStageRows) return false;
+  for (int32_t row = thread; row < rows; row += kFrameThreads) {
+    int32_t first = 2147483647, end = 0;
+    GLIMPSE_NO_UNROLL
+    for (int32_t i = 0; i < taps; ++i) {
+      const int32_t highs = table[i].highs, x = table[i].x;
+      const int32_t below = low + row - table[i].y;
+      if (highs < 0 || (below != 0 && !(below == 1 && (highs & 1) != 0))) continue;
+      first = x < first ? x : first;
+      const int32_t behind = x + 1 + (highs >> 1);
+      end = behind > end ? behind : end;
+    }
+    stage[row].first = end > 0 ? first : 0;
+    stage[row].count = end > 0 ? end - first : 0;
+  }
+  __syncthreads();
+  if (thread == 0) {
+    int32_t sum = 0;
+    GLIMPSE_NO_UNROLL
+    for (int32_t row = 0; row < rows; ++row) {
+      stage[row].start = sum;
+      sum += stage[row].count;
+      if (sum > kStageWords) sum = kStageWords;  // too many in any case
+    }
+    stage_pixels = sum;
+  }
+  __syncthreads();
+  const int32_t pixels = stage_pixels;
+  const int32_t tile_pitch = cells | 1;
+  // Odd, so that lanes may be pixels or channels.
+  int32_t chunk_log2 = 5;
+  while (chunk_log2 > 0 &&
+         (pixels + 1) * ((1 << chunk_log2) + 1) + (tile_pitch << chunk_log2) > kStageWords) {
+    --chunk_log2;
+  }
+  if (chunk_log2 == 0) return false;
+  const int32_t chunk = 1 << chunk_log2, pitch = chunk + 1;
+  // From here on a tap has the places of its low pixels in the window, for its two rows.
+  for (int32_t i = thread; i < taps; i += kFrameThreads) {
+    const int32_t highs = table[i].highs, x = table[i].x;
+    if (highs < 0) continue;
+    const StageRow row = stage[table[i].y - low];
+    const StageRow next = stage[table[i].y - low + (highs & 1)];
+    table[i].y = (row.start + x - row.first) * pitch;
+    table[i].x = (next.start + x - next.first) * pitch;
+  }
+  __syncthreads();
+
+  float* tile = window + pixels * pitch;
+  const int32_t channel = thread & (chunk - 1);
+  const float* own = window + channel;
+  for (int32_t base = 0; base < channels; base += chunk) {
+    const int32_t live = channels - base < chunk ? channels - base : chunk;
+    for (int32_t row = warp; row < rows; row += kWarps) {
+      const StageRow run = stage[row];
+      for (int32_t x = lane; x < run.count; x += 32) {
+        const T* source = image + base * map.stride_c + (low + row) * map.stride_h +
+                          (run.first + x) * map.stride_w;
+        float* target = window + (run.start + x) * pitch;
+        const auto stage_channel = [&](int32_t c) {
+          if constexpr (sizeof(T) == 4) {
+            copy_async4(target + c, source);
+          } else {
+            target[c] = load_value(*source);
+          }
+          source += map.stride_c;
+        };
+        int32_t c = 0;
+        GLIMPSE_NO_UNROLL
+        for (; c + 3 < live; c += 4) {
+          GLIMPSE_UNROLL
+          for (int32_t i = 0; i < 4; ++i) stage_channel(c + i);
+        }
+        GLIMPSE_NO_UNROLL
+        for (; c < live; ++c) stage_channel(c);
+      }
+    }
+    copy_async_wait_all();
+    __syncthreads();
+    if (channel < live) {
+      for (int32_t cell = thread >> chunk_log2; cell < cells; cell += kFrameThreads >> chunk_log2) {
+        const int32_t cell_y = cell / cells_x, cell_x = cell - cell_y * cells_x;
+        float sum = 0;
+        GLIMPSE_NO_UNROLL
+        for (int32_t y = start_y[cell_y]; y < start_y[cell_y + 1]; ++y) {
+          GLIMPSE_NO_UNROLL
+          for (int32_t x = start_x[cell_x]; x < start_x[cell_x + 1]; ++x) {
+            const FrameTap<float> tap = table[y * lines_x + x];
+            if (tap.highs < 0) continue;
+            sum += tap.low_low * own[tap.y];
+            if ((tap.highs & 2) != 0) sum += tap.low_high * own[tap.y + pitch];
+            if ((tap.highs & 1) != 0) {
+              sum += tap.high_low * own[tap.x];
+              if ((tap.highs & 2) != 0) sum += tap.high_high * own[tap.x + pitch];
+            }
+          }
+        }
+        tile[channel * tile_pitch + cell] = sum * factor;
+      }
+    }
+    __syncthreads();
+    for (int32_t c = warp; c < live; c += kWarps) {
+      pooled_t<T>* target = pooled + int64_t{base + c} * cells;
+      GLIMPSE_NO_UNROLL
+      for (int32_t i = lane; i < cells; i += 32) {
+        target[i] = Store<pooled_t<T>>::from(tile[c * tile_pitch + i]);
+      }
+    }
+    // The next chunk waits for this one's window, and its barrier for this one's tile.
+  }
+  return true;
+}
+
 /// Block: a box and a slice of its channels. Thread: one cell of kChannels channels at a time;
 /// neighbouring threads are neighbours in memory, channels in kNhwc and cells in kNchw.
 template <class T, int kChannels, bool kMaximum>
@@ -264,6 +435,22 @@ __global__ void __launch_bounds__(kFrameThreads, 2)
   const auto* table = reinterpret_cast<const FrameTap<Number>*>(
       shared + plan.tables.template taps_offset<Number>());
   const Number factor = box.reads ? frame_factor(box.frame) : Number(0);
+  if constexpr (kChannels == 1 && !kMaximum && sizeof(Number) == 4) {
+    if (tables && plan.stages) {
+      const int64_t channel = first * problem.map.stride_c + box.image * problem.map.stride_n;
+      auto* window = reinterpret_cast<float*>(shared + plan.tables.template bytes<float>());
+      const int32_t* start_x = start + problem.out_height + 1;
+      if (pool_staged<T>(problem, start[problem.out_height], start_x[cells_x], start, start_x,
+                         reinterpret_cast<FrameTap<float>*>(
+                             shared + plan.tables.template taps_offset<float>()),
+                         window, static_cast<const T*>(problem.map.data) + channel,
+                         static_cast<int32_t>(channels), factor,
+                         static_cast<pooled_t<T>*>(problem.pooled) + k * strides.box +
+                             first * strides.channel)) {
+        return;
+      }
+    }
+  }
   for (int64_t i = threadIdx.x; i < packs * cells; i += blockDim.x) {
     const bool nhwc = problem.layout == Layout::kNhwc;
     int32_t inner;  // a pack of channels in kNhwc, a cell in kNchw

@@ -116,28 +116,287 @@ __global__ void __launch_bounds__(kFrameThreads)
 // ---------------------------------------------------------------------------------------- features
 
 // Note [Gather on frames]
-// A block owns a tile of pixels in some channels. It walks all boxes; those that can touch the tile
-// are taken eight at a time, one by each warp: lane p turns pixel p of the tile into the local
-// frame and lists the cells that touch it, with their weights. Then all threads add the listed
-// cells to the channels that they own, box after box in the order of the boxes. A list that is too
-// short for its cells ends the round: boxes up to it are added, and the next round goes on there.
+// A block owns a tile of pixels, in 32 channels for each of its warps. It walks all boxes; those
+// that can touch the tile are taken several at a time, one by each warp, whose lanes turn the
+// samples in reach into taps and list those that touch the tile. Then every warp adds all listed
+// samples to the sums of its own channels, in the order of boxes, cells and samples. A list that is
+// too short for its samples ends the round: boxes up to it are added, and the next round goes on
+// there.
+//
+// Sums lie in shared memory, because which pixel a sample touches is known only as it is read. A
+// lane is a channel, and no other lane reads or writes its sums.
 
-constexpr int32_t kTileWidth = 8, kTileHeight = 4;  // one lane for each pixel
+constexpr int32_t kTileWidth = 8, kTileHeight = 4;
+constexpr int32_t kTilePixels = kTileWidth * kTileHeight;
+/// Sums of a channel are so far apart: odd, so that lanes may be channels or pixels.
+constexpr int32_t kTilePitch = 33;
+/// Samples that a warp lists.
+constexpr int32_t kGatherList = 32;
+/// Warps of a block, at most.
+template <class Number>
+constexpr int32_t kGatherWarps = sizeof(Number) == 8 ? 4 : 8;
+
+/// A sample with the sums of its taps, those outside of the tile at a place that nobody reads.
+template <class T>
+struct alignas(16) GatherEntry {
+  T weight[4];
+  int32_t cell;
+  uint16_t place[4];
+};
+
+/// Samples of one direction that may be in reach, counted over all cells.
+struct SampleLines {
+  int64_t first, count;
+
+  template <class T>
+  __device__ __forceinline__ static SampleLines within(const Axis<T>& axis, int32_t cells, T low,
+                                                       T high) {
+    CellRange range = cells_within(axis, cells, low, high);
+    SampleRange begin{0, 0}, end{0, 0};
+    GLIMPSE_NO_UNROLL
+    for (; range.first < range.end; ++range.first) {
+      begin = samples_within(axis, range.first, low, high);
+      if (begin.first < begin.end) break;
+    }
+    GLIMPSE_NO_UNROLL
+    for (; range.first < range.end; --range.end) {
+      end = samples_within(axis, range.end - 1, low, high);
+      if (end.first < end.end) break;
+    }
+    if (range.first >= range.end) return {0, 0};
+    const int64_t first = int64_t{range.first} * axis.samples + begin.first;
+    return {first, int64_t{range.end - 1} * axis.samples + end.end - first};
+  }
+};
+
+/// Quotient and remainder of numbers that are not negative, nearly always of 32 bits.
+__device__ __forceinline__ int64_t divide(int64_t number, int64_t by, int64_t* remainder) {
+  if ((number | by) >> 32 == 0) {
+    const uint32_t quotient = static_cast<uint32_t>(number) / static_cast<uint32_t>(by);
+    *remainder = static_cast<uint32_t>(number) - quotient * static_cast<uint32_t>(by);
+    return quotient;
+  }
+  *remainder = number % by;
+  return number / by;
+}
+
+/// By a warp: lists the samples of a box, from number `begin` of those in reach on, that touch the
+/// tile of pixels from (tile.first_y, tile.first_x) on. Returns how many, and in `next` the number
+/// where the list became full, or -1.
+struct GatherTile {
+  int32_t first_y, end_y, first_x, end_x;
+};
+template <class T>
+__device__ __forceinline__ int32_t list_samples(const FrameProblem& problem, const FrameBox<T>& box,
+                                                const GatherTile& tile, int64_t begin,
+                                                GatherEntry<T>* list, int64_t* next) {
+  const Axis<T>&axis_y = box.frame.axis[0], &axis_x = box.frame.axis[1];
+  const FrameReach<T> reach =
+      FrameReach<T>::of(box.frame, tile.first_y, tile.end_y - 1, tile.first_x, tile.end_x - 1);
+  const auto y = SampleLines::within(axis_y, problem.out_height, reach.low[0], reach.high[0]);
+  const auto x = SampleLines::within(axis_x, problem.out_width, reach.low[1], reach.high[1]);
+  // Where all samples of a cell are in reach they follow each other.
+  const bool whole = y.count % axis_y.samples == 0 && x.count % axis_x.samples == 0 &&
+                     y.first % axis_y.samples == 0 && x.first % axis_x.samples == 0;
+  const int64_t group_y = whole ? axis_y.samples : 1, group_x = whole ? axis_x.samples : 1;
+  const int64_t groups_x = x.count / group_x, total = y.count * x.count;
+  const T factor = frame_factor(box.frame);
+  const auto lane = static_cast<int32_t>(threadIdx.x & 31);
+  int32_t count = 0;
+  *next = -1;
+  GLIMPSE_NO_UNROLL
+  for (int64_t base = begin; base < total; base += 32) {
+    GatherEntry<T> entry;
+    bool touches = false;
+    if (base + lane < total) {
+      int64_t within, in_x, row_x, sample_y, sample_x;
+      const int64_t group = divide(base + lane, group_y * group_x, &within);
+      const int64_t in_y = divide(within, group_x, &in_x);
+      const int64_t row_y = divide(group, groups_x, &row_x);
+      const auto cell_y =
+          static_cast<int32_t>(divide(y.first + row_y * group_y + in_y, axis_y.samples, &sample_y));
+      const auto cell_x =
+          static_cast<int32_t>(divide(x.first + row_x * group_x + in_x, axis_x.samples, &sample_x));
+      const FramePoint<T> point = frame_point(box.frame, cell_y, static_cast<int32_t>(sample_y),
+                                              cell_x, static_cast<int32_t>(sample_x));
+      const FrameTaps<T> taps = FrameTaps<T>::at(box.frame, point.local_y, point.local_x,
+                                                 problem.map.height, problem.map.width);
+      if (taps.kept()) {
+        const TapWeights<T> weights = sample_weights(box, point, taps);
+        entry.cell = cell_y * problem.out_width + cell_x;
+        GLIMPSE_UNROLL
+        for (int32_t i = 0; i < 4; ++i) {
+          const bool has = (taps.y.count == 2 || i / 2 == 0) && (taps.x.count == 2 || i % 2 == 0);
+          const int32_t pixel_y = taps.y.pixel[i / 2], pixel_x = taps.x.pixel[i % 2];
+          const bool inside = has && pixel_y >= tile.first_y && pixel_y < tile.end_y &&
+                              pixel_x >= tile.first_x && pixel_x < tile.end_x;
+          const int32_t pixel =
+              inside ? (pixel_y - tile.first_y) * kTileWidth + pixel_x - tile.first_x : kTilePixels;
+          entry.place[i] = static_cast<uint16_t>(pixel * kTilePitch);
+          entry.weight[i] = inside ? weights.value[i] * factor : T(0);
+          touches = touches || inside;
+        }
+      }
+    }
+    const unsigned ballot = __ballot_sync(kFullWarp, touches);
+    if (count + __popc(ballot) > kGatherList) {
+      *next = base;
+      break;
+    }
+    if (touches) list[count + __popc(ballot & ((1u << lane) - 1u))] = entry;
+    count += __popc(ballot);
+  }
+  return count;
+}
+
+/// Grid: (tiles, images from first_image on, slices of channels). See Note [Gather on frames].
+template <class T>
+__global__ void __launch_bounds__(32 * kGatherWarps<acc_t<T>>, 2)
+    frames_grad_features_kernel(GLIMPSE_GRID_CONSTANT FrameProblem problem, int64_t first_image) {
+  using Number = acc_t<T>;
+  constexpr int32_t kWarps = kGatherWarps<Number>;
+  GLIMPSE_SHARED(FrameBox<Number>, boxes, [kWarps]);
+  GLIMPSE_SHARED(GatherEntry<Number>, list, [kWarps][kGatherList]);
+  GLIMPSE_SHARED(Number, sums, [kWarps][(kTilePixels + 1) * kTilePitch]);
+  GLIMPSE_SHARED(int64_t, resume, [kWarps]);  // where a list became full, or -1
+  GLIMPSE_SHARED(int32_t, listed, [kWarps]);
+  GLIMPSE_SHARED(int32_t, hit, [32 * kWarps]);  // boxes of this stretch that meet the tile
+  GLIMPSE_SHARED(unsigned, ballots, [kWarps]);
+
+  const Level& map = problem.map;
+  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const auto threads = static_cast<int32_t>(blockDim.x);
+  const int32_t warps = threads / 32;
+  const int32_t tiles_x = (map.width - 1) / kTileWidth + 1;
+  const auto tile_y = static_cast<int32_t>(blockIdx.x / static_cast<unsigned>(tiles_x));
+  const auto tile_x = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(tiles_x));
+  GatherTile tile;
+  tile.first_y = tile_y * kTileHeight;
+  tile.first_x = tile_x * kTileWidth;
+  tile.end_y = tile.first_y + kTileHeight < map.height ? tile.first_y + kTileHeight : map.height;
+  tile.end_x = tile.first_x + kTileWidth < map.width ? tile.first_x + kTileWidth : map.width;
+  const int64_t image = first_image + blockIdx.y;
+  const int64_t first_channel = (int64_t{blockIdx.z} * warps + warp) * 32;
+  const int64_t channel = first_channel + lane;
+  const FrameStrides strides(problem);
+  const T* pooled = static_cast<const T*>(problem.pooled) + channel * strides.channel;
+  const auto cell_stride =
+      static_cast<int32_t>(strides.cell);  // channels, of which a grid has less
+  Number* own = sums[warp] + lane;
+  for (int32_t i = 0; i <= kTilePixels; ++i) own[i * kTilePitch] = 0;
+
+  for (int64_t base = 0; base < problem.boxes; base += threads) {
+    bool meets = false;
+    if (base + threadIdx.x < problem.boxes) {
+      const FrameBox<Number> box = read_frame<Number>(problem, base + threadIdx.x);
+      if (box.reads && box.image == image) {
+        const auto reach = FrameReach<Number>::of(box.frame, tile.first_y, tile.end_y - 1,
+                                                  tile.first_x, tile.end_x - 1);
+        const CellRange rows =
+            cells_within(box.frame.axis[0], problem.out_height, reach.low[0], reach.high[0]);
+        const CellRange columns =
+            cells_within(box.frame.axis[1], problem.out_width, reach.low[1], reach.high[1]);
+        meets = rows.first < rows.end && columns.first < columns.end;
+      }
+    }
+    const unsigned ballot = __ballot_sync(kFullWarp, meets);
+    if (lane == 0) ballots[warp] = ballot;
+    __syncthreads();
+    int32_t hits = 0, place = 0;
+    for (int32_t i = 0; i < warps; ++i) {
+      if (i == warp) place = hits + __popc(ballot & ((1u << lane) - 1u));
+      hits += __popc(ballots[i]);
+    }
+    if (meets) hit[place] = static_cast<int32_t>(threadIdx.x);
+    __syncthreads();
+
+    // Warp 0 goes on where its box was left; all other boxes are new.
+    int64_t left_at = 0;
+    for (int32_t first = 0; first < hits;) {
+      if (first + warp < hits) {
+        if (lane == 0) boxes[warp] = read_frame<Number>(problem, base + hit[first + warp]);
+        __syncwarp();
+        int64_t next;
+        const int32_t count =
+            list_samples(problem, boxes[warp], tile, warp == 0 ? left_at : 0, list[warp], &next);
+        if (lane == 0) {
+          listed[warp] = count;
+          resume[warp] = next;
+        }
+      }
+      __syncthreads();
+      const int32_t taken = hits - first < warps ? hits - first : warps;
+      int32_t last = 0;
+      while (last < taken - 1 && resume[last] < 0) ++last;
+      left_at = resume[last];
+      if (channel < problem.channels) {
+        GLIMPSE_NO_UNROLL
+        for (int32_t w = 0; w <= last; ++w) {
+          const T* grad = pooled + (base + hit[first + w]) * strides.box;
+          const int32_t count = listed[w];
+          int32_t cell = -1;
+          Number value = 0;
+          GLIMPSE_NO_UNROLL
+          for (int32_t e = 0; e < count; ++e) {
+            const GatherEntry<Number> entry = list[w][e];
+            if (entry.cell != cell) {
+              cell = entry.cell;
+              value = load_value(grad[int64_t{cell} * cell_stride]);
+            }
+            // Places differ but for the one that nobody reads.
+            Number sum[4];
+            GLIMPSE_UNROLL
+            for (int32_t i = 0; i < 4; ++i) sum[i] = own[entry.place[i]];
+            GLIMPSE_UNROLL
+            for (int32_t i = 0; i < 4; ++i) own[entry.place[i]] = sum[i] + entry.weight[i] * value;
+          }
+        }
+      }
+      first += left_at >= 0 ? last : warps;
+      if (left_at < 0) left_at = 0;
+      __syncthreads();
+    }
+  }
+
+  T* target = static_cast<T*>(map.data) + image * map.stride_n;
+  if (problem.layout == Layout::kNhwc) {
+    if (channel >= problem.channels) return;
+    target += channel * map.stride_c + tile.first_y * map.stride_h + tile.first_x * map.stride_w;
+    const int32_t width = tile.end_x - tile.first_x;
+    GLIMPSE_NO_UNROLL
+    for (int32_t y = 0; y < tile.end_y - tile.first_y; ++y, target += map.stride_h) {
+      T* pixel = target;
+      GLIMPSE_UNROLL
+      for (int32_t x = 0; x < kTileWidth; ++x, pixel += map.stride_w) {
+        if (x < width) *pixel = Store<T>::from(own[(y * kTileWidth + x) * kTilePitch]);
+      }
+    }
+    return;
+  }
+  __syncwarp();
+  const int32_t y = tile.first_y + lane / kTileWidth, x = tile.first_x + lane % kTileWidth;
+  if (y >= tile.end_y || x >= tile.end_x) return;
+  target += first_channel * map.stride_c + y * map.stride_h + x * map.stride_w;
+  const int64_t left = problem.channels - first_channel;
+  const int32_t channels = left < 32 ? static_cast<int32_t>(left) : 32;
+  GLIMPSE_NO_UNROLL
+  for (int32_t c = 0; c < channels; ++c) {
+    *target = Store<T>::from(sums[warp][lane * kTilePitch + c]);
+    target += map.stride_c;
+  }
+}
+
+// --------------------------------------------------------------------------------- chosen samples
+
+// Note [Gather of chosen samples]
+// As Note [Gather on frames], but every channel of a cell has a sample of its own. So lane p lists
+// the cells that touch pixel p of the tile, and all threads find the samples of their channels in
+// the listed cells.
+
 constexpr int32_t kTileWarps = kFrameThreads / 32;
 constexpr int32_t kTileList = 8;
-
-/// Numbers that each thread owns: few where finding a weight takes many registers.
-template <class Number, bool kChosen>
-constexpr int kTileOwned = kChosen || sizeof(Number) == 8 ? 4 : 8;
-/// Channels of a block.
-template <class Number, bool kChosen>
-constexpr int kTileChannels = kTileWarps * kTileOwned<Number, kChosen>;
-
-template <class T>
-struct alignas(8) CellWeight {
-  int32_t cell;
-  T weight;
-};
+constexpr int kTileOwned = 4;  // numbers of each thread
+constexpr int kTileChannels = kTileWarps * kTileOwned;
 
 /// The weight of pixel (y, x) in a sample; 0 where it is no tap. `touches` becomes true if it is.
 template <class T>
@@ -156,15 +415,14 @@ __device__ __forceinline__ T pixel_weight(const FrameTaps<T>& taps, const TapWei
 /// in `next` the cell where the list became full, or -1.
 template <class T>
 __device__ __forceinline__ int32_t list_cells(const FrameProblem& problem, const FrameBox<T>& box,
-                                              int32_t y, int32_t x, int32_t first,
-                                              CellWeight<T>* list, int32_t* next) {
+                                              int32_t y, int32_t x, int32_t first, int32_t* list,
+                                              int32_t* next) {
   *next = -1;
   if (first < 0) return 0;
   const FrameReach<T> reach = FrameReach<T>::of(box.frame, y, y, x, x);
   const Axis<T>&axis_y = box.frame.axis[0], &axis_x = box.frame.axis[1];
   const CellRange rows = cells_within(axis_y, problem.out_height, reach.low[0], reach.high[0]);
   const CellRange columns = cells_within(axis_x, problem.out_width, reach.low[1], reach.high[1]);
-  const T factor = frame_factor(box.frame);
   int32_t count = 0;
   GLIMPSE_NO_UNROLL
   for (int32_t cell_y = rows.first; cell_y < rows.end; ++cell_y) {
@@ -174,17 +432,15 @@ __device__ __forceinline__ int32_t list_cells(const FrameProblem& problem, const
       const int32_t cell = cell_y * problem.out_width + cell_x;
       if (cell < first) continue;
       const SampleRange range_x = samples_within(axis_x, cell_x, reach.low[1], reach.high[1]);
-      T weight = 0;
       bool touches = false;
       GLIMPSE_NO_UNROLL
-      for (int32_t i = range_y.first; i < range_y.end; ++i) {
+      for (int32_t i = range_y.first; i < range_y.end && !touches; ++i) {
         GLIMPSE_NO_UNROLL
-        for (int32_t j = range_x.first; j < range_x.end; ++j) {
+        for (int32_t j = range_x.first; j < range_x.end && !touches; ++j) {
           const FramePoint<T> point = frame_point(box.frame, cell_y, i, cell_x, j);
           const FrameTaps<T> taps = FrameTaps<T>::at(box.frame, point.local_y, point.local_x,
                                                      problem.map.height, problem.map.width);
-          if (!taps.kept()) continue;
-          weight += pixel_weight(taps, sample_weights(box, point, taps), y, x, &touches);
+          if (taps.kept()) pixel_weight(taps, TapWeights<T>{}, y, x, &touches);
         }
       }
       if (!touches) continue;
@@ -192,21 +448,21 @@ __device__ __forceinline__ int32_t list_cells(const FrameProblem& problem, const
         *next = cell;
         return count;
       }
-      list[count++] = {cell, weight * factor};
+      list[count++] = cell;
     }
   }
   return count;
 }
 
-/// Grid: (tiles, images from first_image on, slices of channels). See Note [Gather on frames].
-template <class T, bool kChosen>
+/// Grid: (tiles, images from first_image on, slices of channels). See Note [Gather of chosen
+/// samples].
+template <class T>
 __global__ void __launch_bounds__(kFrameThreads, 1)
-    frames_grad_features_kernel(GLIMPSE_GRID_CONSTANT FrameProblem problem, int64_t first_image) {
+    frames_grad_chosen_kernel(GLIMPSE_GRID_CONSTANT FrameProblem problem, int64_t first_image) {
   using Number = acc_t<T>;
-  using Entry = CellWeight<Number>;
-  constexpr int kOwned = kTileOwned<Number, kChosen>;
+  constexpr int kOwned = kTileOwned;
   GLIMPSE_SHARED(FrameBox<Number>, boxes, [kTileWarps]);
-  GLIMPSE_SHARED(Entry, list, [kTileWarps][32][kTileList]);
+  GLIMPSE_SHARED(int32_t, list, [kTileWarps][32][kTileList]);
   GLIMPSE_SHARED(int32_t, listed, [kTileWarps][32]);
   GLIMPSE_SHARED(int32_t, resume, [kTileWarps][32]);  // where a list became full, or -1
   GLIMPSE_SHARED(int32_t, hit, [kFrameThreads]);      // boxes of this stretch that meet the tile
@@ -223,7 +479,7 @@ __global__ void __launch_bounds__(kFrameThreads, 1)
   const int32_t end_x = first_x + kTileWidth < map.width ? first_x + kTileWidth : map.width;
   const int32_t pixel_y = first_y + lane / kTileWidth, pixel_x = first_x + lane % kTileWidth;
   const int64_t image = first_image + blockIdx.y;
-  const int64_t first_channel = static_cast<int64_t>(blockIdx.z) * kTileChannels<Number, kChosen>;
+  const int64_t first_channel = static_cast<int64_t>(blockIdx.z) * kTileChannels;
   const bool nhwc = problem.layout == Layout::kNhwc;
   // What this thread owns: in kNchw one pixel in kOwned channels, in kNhwc one or two channels of
   // four pixels.
@@ -288,21 +544,18 @@ __global__ void __launch_bounds__(kFrameThreads, 1)
           const int32_t entries = listed[w][pixel];
           GLIMPSE_NO_UNROLL
           for (int32_t e = 0; e < entries; ++e) {
-            const Entry entry = list[w][pixel][e];
-            const int64_t at = offset + entry.cell * strides.cell;
-            Number weight = entry.weight;
-            if constexpr (kChosen) {
-              const int32_t cell_y = entry.cell / problem.out_width;
-              bool touches = false;
-              weight = 0;
-              for_chosen_sample(problem, boxes[w], cell_y, entry.cell - cell_y * problem.out_width,
-                                problem.chosen[at], [&](const auto& point, const auto& taps) {
-                                  weight = pixel_weight(taps, sample_weights(boxes[w], point, taps),
-                                                        first_y + pixel / kTileWidth,
-                                                        first_x + pixel % kTileWidth, &touches);
-                                });
-              if (!touches) continue;
-            }
+            const int32_t cell = list[w][pixel][e];
+            const int64_t at = offset + cell * strides.cell;
+            const int32_t cell_y = cell / problem.out_width;
+            bool touches = false;
+            Number weight = 0;
+            for_chosen_sample(problem, boxes[w], cell_y, cell - cell_y * problem.out_width,
+                              problem.chosen[at], [&](const auto& point, const auto& taps) {
+                                weight = pixel_weight(taps, sample_weights(boxes[w], point, taps),
+                                                      first_y + pixel / kTileWidth,
+                                                      first_x + pixel % kTileWidth, &touches);
+                              });
+            if (!touches) continue;
             sums[i] += weight * load_value(static_cast<const T*>(problem.pooled)[at]);
           }
         }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/grad_boxes.cuh"
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 
@@ -42,49 +43,77 @@ bool packs_channels(const Problem& problem) {
   return true;
 }
 
+/// Blocks that share a box: a few waves of blocks on a large device, if each still has enough to do
+/// for the tables that it builds. Sizes alone decide, so the order of sums never changes.
+int32_t slices_of(const Problem& problem) {
+  constexpr int64_t kEnoughBlocks = 2048, kLeastWork = 14;  // rows of cells in 32 channels
+  // Wide loads leave less to gain, so that it pays only where a wave is far from full.
+  const int64_t many = problem.layout == Layout::kNhwc ? kEnoughBlocks / 4 : kEnoughBlocks / 2;
+  if (problem.boxes == 0 || problem.boxes >= many) return 1;
+  const int64_t wanted = (kEnoughBlocks + problem.boxes - 1) / problem.boxes;
+  const int64_t most = (problem.channels + 31) / 32 * problem.out_height / kLeastWork;
+  const int64_t slices = wanted < most ? wanted : most;
+  return slices > 64 ? 64 : slices > 1 ? static_cast<int32_t>(slices) : 1;
+}
+
+dim3 grid_of(const Problem& problem) {
+  return dim3(static_cast<unsigned>(problem.boxes), static_cast<unsigned>(slices_of(problem)));
+}
+
 template <class T, int kChannels>
 void grad_boxes_nhwc(const Problem& problem) {
   const TableShape shape = slope_table_shape<float>(problem);
-  const int64_t slices = (problem.channels + 32 * kChannels - 1) / (32 * kChannels);
-  const int64_t tasks = slices * problem.out_height;
+  const int64_t tasks =
+      (problem.channels + 32 * kChannels - 1) / (32 * kChannels) * problem.out_height;
   constexpr int64_t kMostWarps = kTableThreads / 32;
   const auto warps = static_cast<unsigned>(tasks < kMostWarps ? tasks : kMostWarps);
-  launch(grad_boxes_nhwc_kernel<T, kChannels>, dim3(static_cast<unsigned>(problem.boxes)),
-         32 * warps, shape.bytes<float, true>(), static_cast<Stream>(problem.stream), problem,
-         shape);
+  launch(grad_boxes_nhwc_kernel<T, kChannels>, grid_of(problem), 32 * warps,
+         shape.bytes<float, true>(), static_cast<Stream>(problem.stream), problem, shape);
 }
 
 template <class T>
-void grad_boxes_cells(const Problem& problem) {
+void grad_boxes_taps(const Problem& problem) {
   constexpr int kTogether = sizeof(T) == 8 ? 4 : 8;
-  CellsPlan plan;
-  plan.tables = slope_table_shape<acc_t<T>>(problem);
-  const int64_t cells = int64_t{problem.out_height} * problem.out_width;
-  plan.cell_lanes_log2 = 5;
-  while (plan.cell_lanes_log2 > 0 && int64_t{1} << (plan.cell_lanes_log2 - 1) >= cells) {
-    --plan.cell_lanes_log2;
-  }
-  launch(grad_boxes_cells_kernel<T, kTogether>, dim3(static_cast<unsigned>(problem.boxes)),
-         kTableThreads, plan.tables.bytes<acc_t<T>, true>(), static_cast<Stream>(problem.stream),
-         problem, plan);
+  const TableShape shape = slope_table_shape<acc_t<T>>(problem);
+  launch(grad_boxes_taps_kernel<T, kTogether>, grid_of(problem), kTableThreads,
+         shape.bytes<acc_t<T>, true>() + cell_list_bytes(shape),
+         static_cast<Stream>(problem.stream), problem, shape);
 }
 
 /// kChannels: of one access where channels are innermost; 0: there is no such kernel.
 template <class T, int kChannels>
-void grad_boxes_typed(const Problem& problem) {
+void grad_boxes_slices(const Problem& problem) {
   if (!tables_apply(problem)) {
-    return launch(grad_boxes_simple_kernel<T>, dim3(static_cast<unsigned>(problem.boxes)),
-                  kBoxThreads, 0, static_cast<Stream>(problem.stream), problem);
+    return launch(grad_boxes_simple_kernel<T>, grid_of(problem), kBoxThreads, 0,
+                  static_cast<Stream>(problem.stream), problem);
   }
   if constexpr (kChannels > 0) {
     if (problem.layout == Layout::kNhwc && packs_channels<T, kChannels>(problem)) {
       return grad_boxes_nhwc<T, kChannels>(problem);
     }
   }
-  grad_boxes_cells<T>(problem);
+  grad_boxes_taps<T>(problem);
+}
+
+template <class T, int kChannels>
+void grad_boxes_typed(const Problem& problem) {
+  grad_boxes_slices<T, kChannels>(problem);
+  const int32_t slices = slices_of(problem);
+  if (slices == 1) return;
+  launch(grad_boxes_sum_kernel<acc_t<T>>,
+         dim3(static_cast<unsigned>((problem.boxes + kSumThreads - 1) / kSumThreads)), kSumThreads,
+         0, static_cast<Stream>(problem.stream), problem, slices);
 }
 
 }  // namespace
+
+size_t grad_boxes_workspace(const Problem& problem) {
+  const int32_t slices = slices_of(problem);
+  if (slices == 1) return 0;
+  const size_t sums =
+      problem.dtype == Dtype::kFloat64 ? sizeof(BoxSums<double>) : sizeof(BoxSums<float>);
+  return static_cast<size_t>(problem.boxes) * static_cast<size_t>(slices) * sums;
+}
 
 void grad_boxes(const Problem& problem) {
   if (problem.boxes > kMostBoxes) {

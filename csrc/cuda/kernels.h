@@ -22,8 +22,9 @@ void frames_maximum(const FrameProblem& problem);
 void frames_grad_features(const FrameProblem& problem);
 void frames_grad_boxes(const FrameProblem& problem);
 
-/// Bytes of problem.workspace that grad_features needs; depends on sizes only.
+/// Bytes of problem.workspace that a gradient needs; they depend on sizes only.
 size_t grad_features_workspace(const Problem& problem);
+size_t grad_boxes_workspace(const Problem& problem);
 
 void copy_glimpse(const GlimpseProblem& problem);
 size_t copy_glimpse_workspace(const GlimpseProblem& problem);

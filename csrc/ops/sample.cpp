@@ -108,6 +108,15 @@ void add_maps(Call& call, const Sampling& sampling, const std::vector<Tensor>& f
   }
 }
 
+/// Room for a call, to be kept until its launches are enqueued: the caching allocator orders its
+/// reuse on the stream.
+std::optional<Tensor> add_workspace(Call& call, const Tensor& like, size_t bytes) {
+  if (bytes == 0) return std::nullopt;
+  std::optional<Tensor> workspace = make_workspace(like, bytes);
+  call.problem.workspace = workspace->mutable_data_ptr();
+  return workspace;
+}
+
 void check_grad(const Sampling& sampling, const Tensor& grad, int64_t channels) {
   check(grad.dim() == 4 && grad.size(0) == sampling.boxes.size(0) && grad.size(1) == channels &&
             grad.size(2) == sampling.out_height && grad.size(3) == sampling.out_width,
@@ -185,13 +194,8 @@ std::vector<Tensor> sample_grad_features(const Sampling& sampling, const Tensor&
   const Tensor pooled = dense(grad, layout);
   call.problem.pooled = const_cast<void*>(pooled.const_data_ptr());
   call.problem.stream = scope.stream();
-  // Kept until the launches are enqueued; the caching allocator orders its reuse on the stream.
-  std::optional<Tensor> workspace;
-  const size_t bytes = current_backend().grad_features_workspace(call.problem);
-  if (bytes > 0) {
-    workspace = make_workspace(grad, bytes);
-    call.problem.workspace = workspace->mutable_data_ptr();
-  }
+  const auto workspace =
+      add_workspace(call, grad, current_backend().grad_features_workspace(call.problem));
   current_backend().grad_features(call.problem);
   return grads;
 }
@@ -223,6 +227,8 @@ Tensor sample_grad_boxes(const Sampling& sampling, const std::vector<Tensor>& fe
     call.problem.pooled = const_cast<void*>(pooled.const_data_ptr());
     call.problem.grad_box = grad_boxes.mutable_data_ptr();
     call.problem.stream = scope.stream();
+    const auto workspace =
+        add_workspace(call, first, current_backend().grad_boxes_workspace(call.problem));
     current_backend().grad_boxes(call.problem);
   }
   const ScalarType boxes_type = sampling.boxes.scalar_type();
