@@ -320,6 +320,7 @@ const Backend& simple_backend() {
   static const Backend backend = {"simple",
                                   true,
                                   no_workspace,
+                                  [](const Problem&) { return false; },
                                   sample,
                                   grad_features,
                                   grad_boxes,

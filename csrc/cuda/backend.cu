@@ -15,6 +15,7 @@ const Backend& cuda_backend() {
   static const Backend backend = {kName,
                                   false,
                                   cuda::grad_features_workspace,
+                                  [](const Problem&) { return false; },
                                   cuda::sample,
                                   cuda::grad_features,
                                   cuda::grad_boxes,

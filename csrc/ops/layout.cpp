@@ -85,6 +85,17 @@ Tensor dense(const Tensor& tensor, Layout layout) {
   return torch::stable::contiguous(tensor, memory_format(layout));
 }
 
+Tensor seen_as(const Tensor& tensor, std::initializer_list<int64_t> size,
+               std::initializer_list<int64_t> strides) {
+  int64_t offset = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(size.size()), size.begin(),
+                                     strides.begin(), offset, &handle));
+  return Tensor(handle);
+}
+
 Tensor converted(const Tensor& tensor, ScalarType type) {
   const Tensor& typed = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
