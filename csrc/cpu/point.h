@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 
@@ -33,6 +35,8 @@ struct PlainPoints {
     const Columns columns = kCrop.columns(direction);
     return kCrop.axis(box[columns.lo], box[columns.hi], scale, size, cells);
   }
+  int32_t lo_column(int32_t direction) const { return kCrop.columns(direction).lo; }
+  int32_t hi_column(int32_t direction) const { return kCrop.columns(direction).hi; }
   template <class T>
   Taps<T> taps(T position, int32_t size) const {
     return kCrop.border().taps(position, size);
@@ -163,6 +167,16 @@ class Points {
 
 constexpr int64_t kChannelsTogether = 32;
 
+/// Planes that are read together: small ones as many as the innermost cache holds, which planes of
+/// a power of two would fill at the same few places.
+inline int64_t planes_of_points(const Problem& problem, size_t element) {
+  constexpr int64_t kSmall = 8 << 10, kCache = 16 << 10;
+  const int64_t plane =
+      int64_t{problem.level[0].height} * problem.level[0].width * static_cast<int64_t>(element);
+  if (plane > kSmall) return kChannelsTogether;
+  return std::clamp<int64_t>(kCache / std::max<int64_t>(plane, 1), 1, kChannelsTogether);
+}
+
 /// The pooled values of points, which are dense or have Problem::pooled_stride.
 template <class P>
 struct PointValues {
@@ -212,6 +226,59 @@ void with_count(int32_t count, const Each& each) {
   }
 }
 
+/// Some channels that are neighbours. Functions that took or gave vectors would pass them by
+/// memory.
+template <class A>
+struct ChannelLanes {
+  static constexpr int64_t kCount = 16 / sizeof(A);
+  typedef A type __attribute__((vector_size(16), aligned(sizeof(A)), may_alias));
+};
+
+/// Adds the sums of products of `count` channels of a gradient with those of each pixel of a point:
+/// lane by lane, then over the lanes.
+template <class A>
+void add_products(const A* grad, const A* pixels, const Point<A>& point, int64_t count,
+                  double* products) {
+  using Lanes = ChannelLanes<A>;
+  const int64_t whole = count - count % Lanes::kCount;
+  with_count(point.count, [&](auto taps) {
+    const A* pixel[taps];
+    for (int t = 0; t < taps; ++t) pixel[t] = pixels + point.offset[t];
+    typename Lanes::type sum[taps] = {};
+    for (int64_t c = 0; c < whole; c += Lanes::kCount) {
+      const auto one = *reinterpret_cast<const typename Lanes::type*>(grad + c);
+      for (int t = 0; t < taps; ++t) {
+        sum[t] += one * *reinterpret_cast<const typename Lanes::type*>(pixel[t] + c);
+      }
+    }
+    A rest[taps] = {};
+    for (int64_t c = whole; c < count; ++c) {
+      for (int t = 0; t < taps; ++t) rest[t] += grad[c] * pixel[t][c];
+    }
+    for (int t = 0; t < taps; ++t) {
+      A total = sum[t][0];
+      for (int64_t i = 1; i < Lanes::kCount; ++i) total += sum[t][i];
+      products[t] += total + rest[t];
+    }
+  });
+}
+
+/// Adds `count` channels of a gradient, weighted, to each pixel of a point.
+template <class A>
+void add_weighted(const A* grad, A* pixels, const Point<A>& point, int64_t count) {
+  using Lanes = ChannelLanes<A>;
+  const int64_t whole = count - count % Lanes::kCount;
+  for (int32_t t = 0; t < point.count; ++t) {
+    A* to = pixels + point.offset[t];
+    const A weight = point.weight[t];
+    for (int64_t c = 0; c < whole; c += Lanes::kCount) {
+      *reinterpret_cast<typename Lanes::type*>(to + c) +=
+          weight * *reinterpret_cast<const typename Lanes::type*>(grad + c);
+    }
+    for (int64_t c = whole; c < count; ++c) to[c] += weight * grad[c];
+  }
+}
+
 /// Writes the gradient of points first <= k < end from the products of gradient and pixel at each
 /// of their taps, four numbers for each point.
 template <class A>
@@ -227,7 +294,7 @@ void write_point_gradients(const Problem& problem, int64_t first, int64_t end,
         along[kX] = point_axis(op, problem, box, kX);
       }
       const Taps<A>&y = along[kY].taps, &x = along[kX].taps;
-      if (y.count * x.count == 0) return write_box_gradient<A>(problem, k, nullptr, {});
+      if (y.count * x.count == 0) return write_box_gradient<A>(op, problem, k, nullptr, {});
       BoxGradient sums = {};
       for (int32_t i = 0; i < y.count; ++i) {
         for (int32_t j = 0; j < x.count; ++j, ++product) {
@@ -239,7 +306,7 @@ void write_point_gradients(const Problem& problem, int64_t first, int64_t end,
         sums.step[direction] = sums.origin[direction] * along[direction].axis.progress(0, 0);
       }
       const Axis<A> axes[2] = {along[kY].axis, along[kX].axis};
-      write_box_gradient(problem, k, axes, sums);
+      write_box_gradient(op, problem, k, axes, sums);
     });
   });
 }

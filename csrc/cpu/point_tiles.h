@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -144,38 +143,6 @@ void sample_tiles(const Problem& problem) {
   for_each_tile<T, false>(problem, sample, [](int64_t, int64_t, const double*) {});
 }
 
-template <class A>
-struct TileLanes {
-  static constexpr int64_t kCount = 32 / sizeof(A);
-  typedef A type __attribute__((vector_size(32)));
-};
-
-/// The sum of products of a tile's channels: lane by lane, then the lanes by halves.
-template <class A>
-A multiplied(const A* left, const A* right) {
-  constexpr int64_t kCount = TileLanes<A>::kCount;
-  typename TileLanes<A>::type sum = {}, one, other;
-  for (int64_t c = 0; c < kChannelsTogether; c += kCount) {
-    std::memcpy(&one, left + c, sizeof(one));
-    std::memcpy(&other, right + c, sizeof(other));
-    sum += one * other;
-  }
-  A lanes[kCount];
-  std::memcpy(lanes, &sum, sizeof(sum));
-  for (int64_t half = kCount / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
-
-/// The same of fewer channels, one by one.
-template <class A>
-A multiplied(const A* left, const A* right, int64_t count) {
-  A sum = 0;
-  for (int64_t c = 0; c < count; ++c) sum += left[c] * right[c];
-  return sum;
-}
-
 template <class T>
 void grad_boxes_tiles(const Problem& problem) {
   using A = acc_t<T>;
@@ -187,9 +154,7 @@ void grad_boxes_tiles(const Problem& problem) {
       const Point<A>& point = points[k - begin];
       if (point.count == 0) continue;
       pooled.load(k, point.image, first, count, grad);
-      for (int32_t t = 0; t < point.count; ++t) {
-        products[t] += multiplied(grad, tile + point.offset[t]);
-      }
+      add_products(grad, tile, point, kChannelsTogether, products);
     }
   };
   for_each_tile<T, true>(problem, add, [&](int64_t begin, int64_t end, const double* products) {

@@ -33,11 +33,12 @@ void sample_planes(const Problem& problem) {
   using A = acc_t<T>;
   const Level& level = problem.level[0];
   const auto fill = Store<pooled_t<T>>::from(static_cast<A>(problem.fill));
+  const int64_t block = planes_of_points(problem, sizeof(T));
   for_each_run(problem, [&](int64_t begin, int64_t end) {
     Points<A> points(end - begin);
     points.read(problem, begin, end);
-    for (int64_t first = 0; first < problem.channels; first += kChannelsTogether) {
-      const int64_t count = std::min(kChannelsTogether, problem.channels - first);
+    for (int64_t first = 0; first < problem.channels; first += block) {
+      const int64_t count = std::min(block, problem.channels - first);
       auto* to = static_cast<pooled_t<T>*>(problem.pooled) + begin * problem.channels + first;
       for (int64_t k = begin; k < end; ++k, to += problem.channels) {
         const Point<A>& point = points[k - begin];
@@ -50,11 +51,18 @@ void sample_planes(const Problem& problem) {
         with_count(point.count, [&](auto taps) {
           const int64_t step = level.stride_c;
           const Point<A> at = point;
-          for (int64_t c = 0; c < count; ++c, plane += step) {
-            A sum = at.weight[0] * load_value(plane[at.offset[0]]);
-            for (int t = 1; t < taps; ++t) sum += at.weight[t] * load_value(plane[at.offset[t]]);
-            to[c] = Store<pooled_t<T>>::from(sum);
+          const auto value = [&](const T* from) {
+            A sum = at.weight[0] * load_value(from[at.offset[0]]);
+            for (int t = 1; t < taps; ++t) sum += at.weight[t] * load_value(from[at.offset[t]]);
+            return Store<pooled_t<T>>::from(sum);
+          };
+          int64_t c = 0;
+          for (; c + 4 <= count; c += 4, plane += 4 * step) {
+            const auto a = value(plane), b = value(plane + step);
+            const auto d = value(plane + 2 * step), e = value(plane + 3 * step);
+            to[c] = a, to[c + 1] = b, to[c + 2] = d, to[c + 3] = e;
           }
+          for (; c < count; ++c, plane += step) to[c] = value(plane);
         });
       }
     }
@@ -100,12 +108,13 @@ void grad_boxes_planes(const Problem& problem) {
   using A = acc_t<T>;
   const Level& level = problem.level[0];
   const PointValues<const pooled_t<T>> pooled(problem);
+  const int64_t block = planes_of_points(problem, sizeof(T));
   for_each_run(problem, [&](int64_t begin, int64_t end) {
     Points<A> points(end - begin);
     points.read(problem, begin, end);
     double products[4 * kPointsTogether] = {};  // of gradient and pixel, for each tap of each point
-    for (int64_t first = 0; first < problem.channels; first += kChannelsTogether) {
-      const int64_t count = std::min(kChannelsTogether, problem.channels - first);
+    for (int64_t first = 0; first < problem.channels; first += block) {
+      const int64_t count = std::min(block, problem.channels - first);
       for (int64_t k = begin; k < end; ++k) {
         const Point<A>& point = points[k - begin];
         if (point.count == 0) continue;
@@ -113,8 +122,9 @@ void grad_boxes_planes(const Problem& problem) {
         const T* plane = static_cast<const T*>(level.data) + point.image * level.stride_n +
                          first * level.stride_c;
         with_count(point.count, [&](auto taps) {
+          const int64_t step = level.stride_c, values = pooled.channel;
           A sum[taps] = {};
-          for (int64_t c = 0; c < count; ++c, plane += level.stride_c, from += pooled.channel) {
+          for (int64_t c = 0; c < count; ++c, plane += step, from += values) {
             const A g = load_value(*from);
             for (int t = 0; t < taps; ++t) sum[t] += g * load_value(plane[point.offset[t]]);
           }
@@ -142,11 +152,7 @@ void grad_boxes_pixels(const Problem& problem) {
         const int64_t count = std::min(kChannelsTogether, problem.channels - first);
         T grad[kChannelsTogether];
         pooled.load(k, point.image, first, count, grad);
-        for (int32_t t = 0; t < point.count; ++t) {
-          const T* pixel = image + point.offset[t] + first;
-          products[4 * (k - begin) + t] +=
-              count == kChannelsTogether ? multiplied(grad, pixel) : multiplied(grad, pixel, count);
-        }
+        add_products(grad, image + first, point, count, products + 4 * (k - begin));
       }
     }
     write_point_gradients<T>(problem, begin, end, products);
@@ -224,15 +230,7 @@ void add_to_pixels(const PointsByImage<T>& points, const PointValues<const T>& p
   points.for_each(image, [&](int64_t k, const Point<T>& point) {
     T grad[kChannelsTogether];
     pooled.load(k, image, first, count, grad);
-    for (int32_t t = 0; t < point.count; ++t) {
-      T* to = pixels + point.offset[t];
-      const T weight = point.weight[t];
-      if (count == kChannelsTogether) {
-        for (int64_t c = 0; c < kChannelsTogether; ++c) to[c] += weight * grad[c];
-      } else {
-        for (int64_t c = 0; c < count; ++c) to[c] += weight * grad[c];
-      }
-    }
+    add_weighted(grad, pixels, point, count);
   });
 }
 
@@ -249,7 +247,9 @@ void grad_features_typed(const Problem& problem) {
   const PointsByImage<T> points(problem, tiled ? in_tiles(problem) : problem);
   const PointValues<const T> pooled(problem);
   const bool whole = !planes && (workers == 1 || problem.batch >= 2 * workers);
-  const int64_t block = whole ? problem.channels : kChannelsTogether;
+  const int64_t block = whole              ? problem.channels
+                        : planes && !tiled ? planes_of_points(problem, sizeof(T))
+                                           : kChannelsTogether;
   const int64_t blocks = (problem.channels + block - 1) / block, tasks = problem.batch * blocks;
   parallel_tasks(tasks, workers, [&](const auto& next) {
     std::optional<Tile<T>> tile;
