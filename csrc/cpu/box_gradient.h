@@ -14,8 +14,9 @@ struct BoxGradient {
 
 /// Writes the gradient of box k: from its axes, null where it reads nothing, to its edges.
 template <class A, class Op>
-void write_box_gradient(const Op& op, const Problem& problem, int64_t k, const Axis<A>* axes,
-                        const BoxGradient& sums) {
+[[gnu::always_inline]] inline void write_box_gradient(const Op& op, const Problem& problem,
+                                                      int64_t k, const Axis<A>* axes,
+                                                      const BoxGradient& sums) {
   A* row = static_cast<A*>(problem.grad_box) + k * problem.box_columns;
   std::fill_n(row, problem.box_columns, A(0));
   if (axes == nullptr) return;

@@ -87,12 +87,11 @@ Tensor dense(const Tensor& tensor, Layout layout) {
 
 Tensor seen_as(const Tensor& tensor, std::initializer_list<int64_t> size,
                std::initializer_list<int64_t> strides) {
-  int64_t offset = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  constexpr int64_t kFurther = 0;  // elements beyond the first one of `tensor`
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(size.size()), size.begin(),
-                                     strides.begin(), offset, &handle));
+                                     strides.begin(), kFurther, &handle));
   return Tensor(handle);
 }
 
