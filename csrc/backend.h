@@ -26,6 +26,8 @@ struct Backend {
   /// Bytes of Problem::workspace that a call needs.
   size_t (*grad_features_workspace)(const Problem&);
   size_t (*grad_boxes_workspace)(const Problem&);
+  /// Whether both gradients of this problem may have `strided` pooled values.
+  bool (*reads_strided)(const Problem&);
   void (*sample)(const Problem&);
   void (*grad_features)(const Problem&);
   void (*grad_boxes)(const Problem&);

@@ -52,8 +52,12 @@ struct Problem {
 
   double fill;  // pooled value of cells that keep no sample, and of boxes that read nothing
 
-  void* pooled;     // [boxes, channels, out_height, out_width], dense in `layout`; written by
-                    // sample, read by the gradients
+  void* pooled;  // [boxes, channels, out_height, out_width], dense in `layout`; written by
+                 // sample, read by the gradients
+  // Where `strided`, which is for backends that say so, the gradients of points read them as
+  // [images, channels, points] with these strides instead.
+  int32_t strided;
+  int64_t pooled_stride[3];
   void* grad_box;   // [boxes, box_columns], written by grad_boxes
   void* workspace;  // as many bytes as the backend asked for
   void* stream;     // of the device; unused on the host

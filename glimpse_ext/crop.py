@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import check_indices, check_separate_indices, choose, join_boxes, size_pair
+from ._points import register_points
 from ._register import register_sampler
 from ._sampling import COLUMNS, BoxColumns, Sampler, Where, make_sampler
 
@@ -78,7 +79,7 @@ def _bind_point_sample(
 
 _crop = register_sampler("crop", _bind_crop)
 _crop_and_resize = register_sampler("crop_and_resize", _bind_crop_and_resize)
-_point_sample = register_sampler("point_sample", _bind_point_sample)
+_point_sample = register_points(_bind_point_sample)
 
 
 def crop(
@@ -241,8 +242,8 @@ def point_sample(input: Tensor, points: Tensor, align_corners: bool = False) -> 
             edges of the image (False).
 
     Returns:
-        ``[N, C, P]`` in the dtype of ``input`` (uint8 gives float32), a view of memory in which
-        the channels of a point are neighbours. A point that is NaN or infinite gives zeros.
+        ``[N, C, P]`` in the dtype of ``input`` (uint8 gives float32), in memory in which the
+        channels of a point are neighbours. A point that is NaN or infinite gives zeros.
 
     Gradients:
         To ``input`` and ``points``, of every order, in reverse and forward mode and under
@@ -264,6 +265,4 @@ def point_sample(input: Tensor, points: Tensor, align_corners: bool = False) -> 
             f"{name}: expects points for each image, got {points.shape[0]} lists of points "
             f"and {input.shape[0]} images"
         )
-    count = points.shape[1]
-    values = _point_sample(input, points.reshape(-1, 2), align_corners)
-    return values.reshape(points.shape[0], count, values.shape[1]).transpose(1, 2)
+    return _point_sample(input, points, align_corners)

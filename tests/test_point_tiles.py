@@ -66,6 +66,47 @@ def test_a_gradient_is_the_same_for_every_memory_format_of_it(channels):
     assert torch.equal(first[1], second[1])
 
 
+def views(tensor):
+    """The same numbers in the middle of other memory, dense, with gaps, and the other way round."""
+    dense = torch.stack([tensor + 1, tensor, tensor - 1])[1]
+    gaps = torch.stack([tensor, tensor + 1], dim=-1)[..., 0]
+    return [dense, gaps, tensor.transpose(0, 1).contiguous().transpose(0, 1)]
+
+
+def test_lists_are_read_as_they_lie(device, close):
+    image, points = make(20)
+    image, points = image.to(device.torch), points.nan_to_num(0.5).to(device.torch)
+    grad = torch.randn(2, 20, points.shape[1], device=device.torch)
+
+    def run(image, points, grad):
+        image, points = image.detach().requires_grad_(), points.detach().requires_grad_()
+        values = glimpse_ext.point_sample(image, points)
+        return values.detach(), *torch.autograd.grad(values, [image, points], grad)
+
+    right = run(image, points, grad)
+    last = image.contiguous(memory_format=torch.channels_last)
+    others = [(one, points, grad) for one in [*views(image), last]]
+    others += [(image, one, grad) for one in views(points)]
+    others += [(image, points, one) for one in views(grad)]
+    others += [(last, points, one) for one in views(grad)]
+    for at, other in enumerate(others):
+        for name, one, expected in zip(
+            ("values", "image", "points"), run(*other), right, strict=True
+        ):
+            close(one, expected, "gradient", f"{name}, view {at}")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_result_may_be_changed_in_place(layout):
+    image, points = make(20)
+    image = image.contiguous(memory_format=layout).requires_grad_()
+    values = glimpse_ext.point_sample(image, points)
+    assert values._base is None
+    right = torch.autograd.grad(values.sum() * 3, image, retain_graph=True)[0]
+    values *= 3
+    assert torch.equal(torch.autograd.grad(values.sum(), image)[0], right)
+
+
 def test_every_thread_count_gives_the_same_bits():
     image, points = make(45, images=3, height=30, width=40, count=700)
     image.requires_grad_()

@@ -117,6 +117,50 @@ def op_samples(device):
             ops.point_sample.default,
             (grads(image), grads(corners[:2, :2] / 9), False),
         ),
+        "_points_sample": (
+            ops._points_sample.default,
+            (grads(image), grads(corners[:2, :2].reshape(2, 1, 2) / 9), False),
+        ),
+        "_points_sample uint8": (
+            ops._points_sample.default,
+            (image.byte(), grads(corners[:2].reshape(2, 2, 2) / 9), True),
+        ),
+        "_points_gradients": (
+            ops._points_gradients.default,
+            (
+                grads(grad[:2, :, 0]),
+                grads(corners[:3].reshape(2, 3, 2) / 9),
+                grads(image),
+                False,
+                [2, 4, 9, 7],
+                False,
+                True,
+            ),
+        ),
+        "_points_gradients channels_last": (
+            ops._points_gradients.default,
+            (
+                grads(grad[:2, :, 0]),
+                corners[:3].reshape(2, 3, 2) / 9,
+                None,
+                True,
+                [2, 4, 9, 7],
+                True,
+                True,
+            ),
+        ),
+        "_points_gradients points": (
+            ops._points_gradients.default,
+            (
+                grads(grad[:2, :, 0]),
+                corners[:3].reshape(2, 3, 2) / 9,
+                last,
+                True,
+                [2, 4, 9, 7],
+                True,
+                False,
+            ),
+        ),
         "extract_glimpse": (
             ops.extract_glimpse.default,
             (grads(image), corners[:2, :2] / 9, None, 2, 3, 2, True, True, 0),

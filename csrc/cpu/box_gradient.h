@@ -13,9 +13,10 @@ struct BoxGradient {
 };
 
 /// Writes the gradient of box k: from its axes, null where it reads nothing, to its edges.
-template <class A>
-void write_box_gradient(const Problem& problem, int64_t k, const Axis<A>* axes,
-                        const BoxGradient& sums) {
+template <class A, class Op>
+[[gnu::always_inline]] inline void write_box_gradient(const Op& op, const Problem& problem,
+                                                      int64_t k, const Axis<A>* axes,
+                                                      const BoxGradient& sums) {
   A* row = static_cast<A*>(problem.grad_box) + k * problem.box_columns;
   std::fill_n(row, problem.box_columns, A(0));
   if (axes == nullptr) return;
@@ -24,10 +25,8 @@ void write_box_gradient(const Problem& problem, int64_t k, const Axis<A>* axes,
     const Axis<A>& axis = axes[direction];
     const double origin = sums.origin[direction], step = sums.step[direction];
     // Added, because several edges may be one column.
-    edges[problem.op.lo_column(direction)] +=
-        static_cast<A>(origin * axis.origin_lo + step * axis.step_lo);
-    edges[problem.op.hi_column(direction)] +=
-        static_cast<A>(origin * axis.origin_hi + step * axis.step_hi);
+    edges[op.lo_column(direction)] += static_cast<A>(origin * axis.origin_lo + step * axis.step_lo);
+    edges[op.hi_column(direction)] += static_cast<A>(origin * axis.origin_hi + step * axis.step_hi);
   }
 }
 

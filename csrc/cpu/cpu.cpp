@@ -6,6 +6,7 @@
 #include "cpu/backend.h"
 #include "cpu/frames.h"
 #include "cpu/kernels.h"
+#include "cpu/points.h"
 
 namespace glimpse {
 namespace {
@@ -72,6 +73,7 @@ const Backend& cpu_backend() {
                                   true,
                                   [](const Problem&) -> size_t { return 0; },
                                   [](const Problem&) -> size_t { return 0; },
+                                  is_wide_points,
                                   cpu_sample,
                                   cpu_grad_features,
                                   cpu_grad_boxes,

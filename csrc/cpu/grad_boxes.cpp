@@ -31,7 +31,7 @@ void write_row(const Problem& problem, const BoxPlan<A>& plan, const BoxGradient
       total.step[direction] += sums[part * stride].step[direction];
     }
   }
-  write_box_gradient(problem, plan.box, plan.empty ? nullptr : plan.axis, total);
+  write_box_gradient(problem.op, problem, plan.box, plan.empty ? nullptr : plan.axis, total);
 }
 
 template <class T>

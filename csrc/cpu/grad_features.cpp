@@ -129,8 +129,7 @@ void grad_features_typed(const Problem& problem) {
 
 void cpu_grad_features(const Problem& problem) {
   if (problem.channels == 0 || problem.batch == 0) return;
-  const bool wide = problem.dtype == Dtype::kFloat32 || problem.dtype == Dtype::kFloat64;
-  if (wide && is_points(problem)) return grad_features_of_points(problem);
+  if (is_wide_points(problem)) return grad_features_of_points(problem);
   with_gradient_type(problem.dtype, [&](auto type) {
     grad_features_typed<typename decltype(type)::type>(problem);
   });

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -22,9 +21,8 @@ namespace glimpse {
 inline bool uses_tiles(const Problem& problem) {
   constexpr int64_t kMostPixels = 2048, kLeastChannels = 16;
   const int64_t pixels = int64_t{problem.level[0].height} * problem.level[0].width;
-  return problem.image_index == nullptr && problem.image_column == 0 && pixels > 0 &&
-         pixels <= kMostPixels && 4 * problem.boxes_per_image >= pixels &&
-         problem.channels >= kLeastChannels;
+  return !images_vary(problem) && pixels > 0 && pixels <= kMostPixels &&
+         4 * problem.boxes_per_image >= pixels && problem.channels >= kLeastChannels;
 }
 
 /// The problem as points of a tile see it: offsets of points are offsets into the tile.
@@ -84,11 +82,11 @@ class Tile {
   std::vector<A> values_;
 };
 
-/// Calls body(tile, points, begin, first, count, products) for runs of points of one image, which
-/// begin with point `begin`, and each block of `count` channels from `first` on, with the tile of
-/// the block; then end_run(points, begin, products). A run has four products for each point, 0 at
-/// first.
-template <class T, class Body, class End>
+/// Calls body(tile, points, begin, end, first, count, products) for runs of points of one image,
+/// `begin` to `end`, and each block of `count` channels from `first` on, with the tile of the
+/// block; then end_run(begin, end, products). A run has four products for each point, 0 at first,
+/// if any.
+template <class T, bool kProducts, class Body, class End>
 void for_each_tile(const Problem& problem, const Body& body, const End& end_run) {
   using A = acc_t<T>;
   const Problem tiles = in_tiles(problem);
@@ -98,23 +96,22 @@ void for_each_tile(const Problem& problem, const Body& body, const End& end_run)
   const int64_t runs = workers == 1 ? 1 : (2 * workers + images - 1) / images;
   parallel_tasks(images * runs, workers, [&](const auto& next) {
     Tile<A> tile(level);
-    std::vector<Point<A>> points;
+    Points<A> points(each);
     std::vector<double> products;
     for (int64_t task = next(); task < images * runs; task = next()) {
       const int64_t image = task / runs, run = task % runs;
       const int64_t begin = image * each + each * run / runs;
       const int64_t end = image * each + each * (run + 1) / runs;
-      points.clear();
-      for (int64_t k = begin; k < end; ++k) points.push_back(read_point<A>(tiles, k));
-      products.assign(4 * points.size(), 0.0);
+      points.read(tiles, begin, end);
+      if constexpr (kProducts) products.assign(static_cast<size_t>(4 * (end - begin)), 0.0);
       for (int64_t first = 0; first < problem.channels; first += kChannelsTogether) {
         const int64_t count = std::min(kChannelsTogether, problem.channels - first);
         tile.load(
             static_cast<const T*>(level.data) + image * level.stride_n + first * level.stride_c,
             count);
-        body(tile.data(), points, begin, first, count, products.data());
+        body(tile.data(), points, begin, end, first, count, products.data());
       }
-      end_run(points, begin, products.data());
+      end_run(begin, end, products.data());
     }
   });
 }
@@ -123,10 +120,11 @@ template <class T>
 void sample_tiles(const Problem& problem) {
   using A = acc_t<T>;
   const auto fill = Store<pooled_t<T>>::from(static_cast<A>(problem.fill));
-  const auto sample = [&](const A* tile, const std::vector<Point<A>>& points, int64_t begin,
+  const auto sample = [&](const A* tile, const Points<A>& points, int64_t begin, int64_t end,
                           int64_t first, int64_t count, double*) {
     auto* to = static_cast<pooled_t<T>*>(problem.pooled) + begin * problem.channels + first;
-    for (const Point<A>& point : points) {
+    for (int64_t k = begin; k < end; ++k) {
+      const Point<A>& point = points[k - begin];
       A sum[kChannelsTogether];
       if (point.count == 0) {
         std::fill_n(to, count, fill);
@@ -142,60 +140,26 @@ void sample_tiles(const Problem& problem) {
       to += problem.channels;
     }
   };
-  for_each_tile<T>(problem, sample, [](const auto&, int64_t, const double*) {});
-}
-
-template <class A>
-struct TileLanes {
-  static constexpr int64_t kCount = 32 / sizeof(A);
-  typedef A type __attribute__((vector_size(32)));
-};
-
-/// The sum of products of a tile's channels: lane by lane, then the lanes by halves.
-template <class A>
-A multiplied(const A* left, const A* right) {
-  constexpr int64_t kCount = TileLanes<A>::kCount;
-  typename TileLanes<A>::type sum = {}, one, other;
-  for (int64_t c = 0; c < kChannelsTogether; c += kCount) {
-    std::memcpy(&one, left + c, sizeof(one));
-    std::memcpy(&other, right + c, sizeof(other));
-    sum += one * other;
-  }
-  A lanes[kCount];
-  std::memcpy(lanes, &sum, sizeof(sum));
-  for (int64_t half = kCount / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  for_each_tile<T, false>(problem, sample, [](int64_t, int64_t, const double*) {});
 }
 
 template <class T>
 void grad_boxes_tiles(const Problem& problem) {
   using A = acc_t<T>;
-  const auto add = [&](const A* tile, const std::vector<Point<A>>& points, int64_t begin,
+  const PointValues<const pooled_t<T>> pooled(problem);
+  const auto add = [&](const A* tile, const Points<A>& points, int64_t begin, int64_t end,
                        int64_t first, int64_t count, double* products) {
-    const auto* from =
-        static_cast<const pooled_t<T>*>(problem.pooled) + begin * problem.channels + first;
     A grad[kChannelsTogether] = {};
-    for (size_t i = 0; i < points.size(); ++i, from += problem.channels) {
-      const Point<A>& point = points[i];
-      if (count == kChannelsTogether) {
-        for (int64_t c = 0; c < kChannelsTogether; ++c) grad[c] = load_value(from[c]);
-      } else {
-        for (int64_t c = 0; c < count; ++c) grad[c] = load_value(from[c]);
-      }
-      for (int32_t t = 0; t < point.count; ++t) {
-        products[4 * i + static_cast<size_t>(t)] += multiplied(grad, tile + point.offset[t]);
-      }
+    for (int64_t k = begin; k < end; ++k, products += 4) {
+      const Point<A>& point = points[k - begin];
+      if (point.count == 0) continue;
+      pooled.load(k, point.image, first, count, grad);
+      add_products(grad, tile, point, kChannelsTogether, products);
     }
   };
-  for_each_tile<T>(problem, add,
-                   [&](const std::vector<Point<A>>& points, int64_t begin, const double* products) {
-                     for (size_t i = 0; i < points.size(); ++i) {
-                       write_point_gradient(problem, begin + static_cast<int64_t>(i), points[i],
-                                            products + 4 * i);
-                     }
-                   });
+  for_each_tile<T, true>(problem, add, [&](int64_t begin, int64_t end, const double* products) {
+    write_point_gradients<A>(problem, begin, end, products);
+  });
 }
 
 }  // namespace glimpse

@@ -321,6 +321,7 @@ const Backend& simple_backend() {
                                   true,
                                   no_workspace,
                                   no_workspace,
+                                  [](const Problem&) { return false; },
                                   sample,
                                   grad_features,
                                   grad_boxes,

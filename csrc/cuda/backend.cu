@@ -16,6 +16,7 @@ const Backend& cuda_backend() {
                                   false,
                                   cuda::grad_features_workspace,
                                   cuda::grad_boxes_workspace,
+                                  [](const Problem&) { return false; },
                                   cuda::sample,
                                   cuda::grad_features,
                                   cuda::grad_boxes,

@@ -2,7 +2,10 @@
 // One sample per cell: crop, crop_and_resize, point_sample.
 #include "ops/crop.h"
 
+#include <algorithm>
+
 #include "ops/checks.h"
+#include "ops/layout.h"
 #include "ops/library.h"
 
 namespace glimpse::ops {
@@ -72,7 +75,9 @@ Tensor crop_and_resize(Tensor image, Tensor boxes, Tensor box_indices, int64_t h
   return sample(sampling, {std::move(image)});
 }
 
-Tensor point_sample(Tensor input, Tensor points, bool align_corners) {
+namespace {
+
+Sampling sampling_of_points(Tensor points, bool align_corners) {
   Crop crop = {};
   crop.order = Crop::kPoint;
   crop.unit = Unit::kFraction;
@@ -80,7 +85,53 @@ Tensor point_sample(Tensor input, Tensor points, bool align_corners) {
   crop.outside = Crop::kZeros;
   Sampling sampling(make_crop("point_sample", crop), std::move(points));
   sampling.out_height = sampling.out_width = 1;
-  return sample(sampling, {std::move(input)});
+  return sampling;
+}
+
+/// Points [N, P, 2] as boxes.
+Sampling sampling_of_lists(const Tensor& points, bool align_corners, int64_t images) {
+  const char* name = "point_sample";
+  check(points.dim() == 3 && points.size(2) == 2, name, "points must be [N, P, 2] (x, y), got ",
+        describe_shape(points));
+  check(points.size(0) == images, name, "expects points for each image, got ", points.size(0),
+        " lists of points and ", images, " images");
+  Sampling sampling = sampling_of_points(seen_as(converted(points, points.scalar_type()),
+                                                 {points.size(0) * points.size(1), 2}, {2, 1}),
+                                         align_corners);
+  sampling.lists = true;
+  return sampling;
+}
+
+}  // namespace
+
+Tensor point_sample(Tensor input, Tensor points, bool align_corners) {
+  return sample(sampling_of_points(std::move(points), align_corners), {std::move(input)});
+}
+
+Tensor points_sample(Tensor input, Tensor points, bool align_corners) {
+  check(input.dim() == 4, "point_sample", "input must be [N, C, H, W], got ",
+        describe_shape(input));
+  const Sampling sampling = sampling_of_lists(points, align_corners, input.size(0));
+  const Tensor values = sample(sampling, {input});
+  const int64_t channels = input.size(1), count = points.size(1);
+  return seen_as(values, {input.size(0), channels, count},
+                 {std::max<int64_t>(count * channels, 1), 1, std::max<int64_t>(channels, 1)});
+}
+
+std::vector<Tensor> points_gradients(Tensor grad, Tensor points, std::optional<Tensor> input,
+                                     bool align_corners, std::vector<int64_t> sizes,
+                                     bool channels_last, bool to_input) {
+  check(sizes.size() == 4, "point_sample", "expects the sizes N, C, height, width, got ",
+        sizes.size(), " numbers");
+  const Sampling sampling = sampling_of_lists(points, align_corners, sizes[0]);
+  std::vector<Tensor> gradients;
+  if (to_input) gradients = sample_grad_features(sampling, grad, sizes, channels_last);
+  if (input.has_value()) {
+    const Tensor to_points = sample_grad_boxes(sampling, {*input}, grad);
+    gradients.push_back(seen_as(to_points, {points.size(0), points.size(1), 2},
+                                {std::max<int64_t>(2 * points.size(1), 1), 2, 1}));
+  }
+  return gradients;
 }
 
 }  // namespace glimpse::ops

@@ -85,6 +85,16 @@ Tensor dense(const Tensor& tensor, Layout layout) {
   return torch::stable::contiguous(tensor, memory_format(layout));
 }
 
+Tensor seen_as(const Tensor& tensor, std::initializer_list<int64_t> size,
+               std::initializer_list<int64_t> strides) {
+  constexpr int64_t kFurther = 0;  // elements beyond the first one of `tensor`
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(size.size()), size.begin(),
+                                     strides.begin(), kFurther, &handle));
+  return Tensor(handle);
+}
+
 Tensor converted(const Tensor& tensor, ScalarType type) {
   const Tensor& typed = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 
 #include "problem.h"
 
@@ -33,6 +34,11 @@ Tensor make_workspace(const Tensor& like, size_t bytes);
 
 /// `tensor` without gaps in `layout`; itself where it is so.
 Tensor dense(const Tensor& tensor, Layout layout);
+
+/// The memory of `tensor`, which the caller knows to be so, as another shape: a tensor of its own
+/// and not a view. By way of the C interface, for the same reason.
+Tensor seen_as(const Tensor& tensor, std::initializer_list<int64_t> size,
+               std::initializer_list<int64_t> strides);
 
 /// `tensor` contiguous and of `type`; itself where it is so.
 Tensor converted(const Tensor& tensor, ScalarType type);

@@ -99,6 +99,8 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("crop", TORCH_BOX(&crop));
   m.impl("crop_and_resize", TORCH_BOX(&crop_and_resize));
   m.impl("point_sample", TORCH_BOX(&point_sample));
+  m.impl("_points_sample", TORCH_BOX(&points_sample));
+  m.impl("_points_gradients", TORCH_BOX(&points_gradients));
   m.impl("extract_glimpse", TORCH_BOX(&extract_glimpse));
   m.impl("subpixel_glimpse", TORCH_BOX(&subpixel_glimpse));
   m.impl("paste_masks", TORCH_BOX(&paste_masks));
@@ -149,6 +151,10 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
       "crop_and_resize(Tensor image, Tensor boxes, Tensor box_indices, SymInt height, "
       "SymInt width, bool align_corners, bool nearest, float extrapolation_value) -> Tensor");
   m.def("point_sample(Tensor input, Tensor points, bool align_corners) -> Tensor");
+  m.def("_points_sample(Tensor input, Tensor points, bool align_corners) -> Tensor");
+  m.def(
+      "_points_gradients(Tensor grad, Tensor points, Tensor? input, bool align_corners, "
+      "SymInt[] sizes, bool channels_last, bool to_input) -> Tensor[]");
   m.def(
       "extract_glimpse(Tensor input, Tensor offsets, Tensor? seed, SymInt height, SymInt width, "
       "int version, bool centered, bool normalized, int noise) -> Tensor");

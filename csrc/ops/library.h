@@ -31,6 +31,12 @@ Tensor crop(Tensor input, Tensor boxes, std::optional<Tensor> image_index, int64
 Tensor crop_and_resize(Tensor image, Tensor boxes, Tensor box_indices, int64_t height,
                        int64_t width, bool align_corners, bool nearest, double extrapolation_value);
 Tensor point_sample(Tensor input, Tensor points, bool align_corners);
+// The same with points [N, P, 2] and values [N, C, P], and what of its gradients is asked for: the
+// one to the input, then the one to the points, for which `input` is given.
+Tensor points_sample(Tensor input, Tensor points, bool align_corners);
+std::vector<Tensor> points_gradients(Tensor grad, Tensor points, std::optional<Tensor> input,
+                                     bool align_corners, std::vector<int64_t> sizes,
+                                     bool channels_last, bool to_input);
 
 // glimpse.cpp
 Tensor extract_glimpse(Tensor input, Tensor offsets, std::optional<Tensor> seed, int64_t height,

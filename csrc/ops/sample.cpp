@@ -74,12 +74,26 @@ class Call {
     maps_.push_back(map);
   }
 
+  /// Gives the gradients the pooled values that they read.
+  void set_pooled(const Sampling& sampling, const Tensor& grad) {
+    if (!sampling.lists) {
+      pooled_ = dense(grad, problem.layout);
+    } else if (current_backend().reads_strided(problem)) {
+      pooled_ = grad;
+      problem.strided = 1;
+      for (int32_t i = 0; i < 3; ++i) problem.pooled_stride[i] = grad.stride(i);
+    } else {
+      pooled_ = torch::stable::contiguous(torch::stable::transpose(grad, 1, 2));
+    }
+    problem.pooled = const_cast<void*>(pooled_->const_data_ptr());
+  }
+
   Problem problem = {};
 
  private:
   const char* name_;
   Tensor boxes_;
-  std::optional<Tensor> image_index_, levels_, tangent_;
+  std::optional<Tensor> image_index_, levels_, tangent_, pooled_;
   std::vector<Tensor> maps_;
 };
 
@@ -117,7 +131,14 @@ std::optional<Tensor> add_workspace(Call& call, const Tensor& like, size_t bytes
   return workspace;
 }
 
-void check_grad(const Sampling& sampling, const Tensor& grad, int64_t channels) {
+void check_grad(const Sampling& sampling, const Tensor& grad, int64_t images, int64_t channels) {
+  if (sampling.lists) {
+    check(grad.dim() == 3 && grad.size(0) == images && grad.size(1) == channels &&
+              images * grad.size(2) == sampling.boxes.size(0),
+          sampling.name, "the gradient must be [", images, ", ", channels, ", ",
+          images == 0 ? 0 : sampling.boxes.size(0) / images, "], got ", describe_shape(grad));
+    return;
+  }
   check(grad.dim() == 4 && grad.size(0) == sampling.boxes.size(0) && grad.size(1) == channels &&
             grad.size(2) == sampling.out_height && grad.size(3) == sampling.out_width,
         sampling.name, "the gradient must be [", sampling.boxes.size(0), ", ", channels, ", ",
@@ -174,7 +195,7 @@ std::vector<Tensor> sample_grad_features(const Sampling& sampling, const Tensor&
   check(is_float(grad.scalar_type()), name, "the gradient must be a float tensor, got ",
         describe_dtype(grad.scalar_type()));
   check_sampling(sampling, grad);
-  check_grad(sampling, grad, sizes[1]);
+  check_grad(sampling, grad, sizes[0], sizes[1]);
   const DeviceScope scope(grad);
 
   const Layout layout = channels_last ? Layout::kNhwc : Layout::kNchw;
@@ -191,8 +212,7 @@ std::vector<Tensor> sample_grad_features(const Sampling& sampling, const Tensor&
     elements += grads.back().numel();
   }
   if (elements == 0) return grads;
-  const Tensor pooled = dense(grad, layout);
-  call.problem.pooled = const_cast<void*>(pooled.const_data_ptr());
+  call.set_pooled(sampling, grad);
   call.problem.stream = scope.stream();
   const auto workspace =
       add_workspace(call, grad, current_backend().grad_features_workspace(call.problem));
@@ -206,7 +226,7 @@ Tensor sample_grad_boxes(const Sampling& sampling, const std::vector<Tensor>& fe
   check_features(name, features, sampling.boxes.dim() > 0 ? sampling.boxes.size(0) : 0);
   const Tensor& first = features.front();
   check_sampling(sampling, first);
-  check_grad(sampling, grad, first.size(1));
+  check_grad(sampling, grad, first.size(0), first.size(1));
   check_same_device(name, "the gradient", grad, first);
   const DeviceScope scope(first);
 
@@ -222,9 +242,8 @@ Tensor sample_grad_boxes(const Sampling& sampling, const std::vector<Tensor>& fe
     torch::stable::zero_(grad_boxes);
   } else {
     add_maps(call, sampling, features);
-    const Tensor pooled = dense(
-        grad.scalar_type() == pooled_type ? grad : torch::stable::to(grad, pooled_type), layout);
-    call.problem.pooled = const_cast<void*>(pooled.const_data_ptr());
+    call.set_pooled(
+        sampling, grad.scalar_type() == pooled_type ? grad : torch::stable::to(grad, pooled_type));
     call.problem.grad_box = grad_boxes.mutable_data_ptr();
     call.problem.stream = scope.stream();
     const auto workspace =

@@ -44,6 +44,7 @@ struct Sampling {
   int64_t tangent_axes = 0;
   int64_t out_height = 0, out_width = 0;
   double fill = 0;
+  bool lists = false;  // boxes are points, and their gradient is [images, channels, points]
   std::vector<double> scales = {1.0};  // one per feature map
   LevelRule level_rule = {};
 };
