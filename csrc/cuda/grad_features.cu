@@ -11,8 +11,7 @@ namespace glimpse::cuda {
 namespace {
 
 constexpr int64_t kMostBlocks = 2147483647;
-constexpr size_t kMostSharedBytes = 48 * 1024;  // of a block, without asking for more
-constexpr int32_t kMostCellsHeld = 64;          // along an axis, of boxes that are taken one by one
+constexpr size_t kMostSharedBytes = 48 * 1024;    // of a block, without asking for more
 constexpr int64_t kMostCells = int64_t{1} << 30;  // cells of a box are counted in 32 bits
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -23,8 +22,10 @@ dim3 blocks_of_256(int64_t items) {
   return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
 }
 
+/// `most_cells` of a box can be held at once.
 template <class Tile>
-GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* blocks) {
+GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int32_t most_cells,
+                       int64_t* blocks) {
   GatherPlan plan = {};
   plan.prepared = prepares_rows<typename Tile::Number>(problem);
   plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
@@ -37,18 +38,19 @@ GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* bloc
   }
   *blocks = tiles * plan.slices;
 
-  const int32_t cells =
-      problem.out_height > problem.out_width ? problem.out_height : problem.out_width;
-  plan.cells_y = problem.out_height;
-  plan.cells_x = problem.out_width;
-  if (cells > 32) {
+  plan.cells_y = problem.out_height < kMostHeldCells ? problem.out_height : kMostHeldCells;
+  plan.cells_x = problem.out_width < kMostHeldCells ? problem.out_width : kMostHeldCells;
+  if (plan.cells_y * plan.cells_x > most_cells) {
+    if (plan.cells_y > kBand) plan.cells_y = kBand;
+    if (plan.cells_y * plan.cells_x > most_cells) plan.cells_x = most_cells / plan.cells_y;
+  }
+  if (plan.cells_y < problem.out_height || plan.cells_x < problem.out_width) {
     plan.group_shift = 5;
     plan.slots = 1;
-    if (plan.cells_y > kMostCellsHeld) plan.cells_y = kMostCellsHeld;
-    if (plan.cells_x > kMostCellsHeld) plan.cells_x = kMostCellsHeld;
     TileWeights<Tile>::lay_out(&plan);
     return plan;
   }
+  const int32_t cells = plan.cells_y > plan.cells_x ? plan.cells_y : plan.cells_x;
   // A group of lanes has a lane for each cell. Half of the groups of the block build along y and
   // half along x, once.
   plan.group_shift = cells <= 8 ? 3 : cells <= 16 ? 4 : 5;
@@ -64,9 +66,11 @@ GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* bloc
 }
 
 template <class Tile, class Kernel>
-void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, size_t least_bytes) {
+void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, size_t least_bytes,
+                   int32_t most_cells, bool flat) {
   int64_t blocks = 0;
-  GatherPlan plan = plan_gather<Tile>(problem, stage_bytes, &blocks);
+  GatherPlan plan = plan_gather<Tile>(problem, stage_bytes, most_cells, &blocks);
+  plan.flat = flat;
   size_t bytes = stage_bytes + plan.weight_bytes;
   if (bytes < least_bytes) bytes = least_bytes;
   for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
@@ -76,18 +80,26 @@ void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, si
   }
 }
 
+bool aligned_to_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 template <class T, class Tile>
 void launch_nhwc(const Problem& problem) {
-  launch_gather<Tile>(problem, gather_nhwc_kernel<T, Tile>, 0, 0);
+  launch_gather<Tile>(problem, gather_nhwc_kernel<T, Tile>, 0, 0, kMostHeldCells * kMostHeldCells,
+                      false);
 }
 
-template <class Tile>
+template <class T, class Tile>
 void launch_nchw(const Problem& problem) {
-  launch_gather<Tile>(problem, gather_nchw_kernel<Tile>, Stage<Tile>::kBytes,
-                      Stage<Tile>::kTurnBytes);
+  using Stage = Stage<T, Tile>;
+  const int64_t plane = int64_t{problem.out_height} * problem.out_width;
+  // An odd distance of channels; neighbouring channels of all boxes in pieces of 16 bytes.
+  const bool flat = plane % 2 == 1 && plane <= Stage::kCells &&
+                    problem.out_height <= kMostHeldCells && problem.out_width <= kMostHeldCells &&
+                    problem.channels * plane * static_cast<int64_t>(sizeof(T)) % 16 == 0 &&
+                    aligned_to_16(problem.pooled);
+  launch_gather<Tile>(problem, gather_nchw_kernel<T, Tile>, Stage::kBytes, Stage::kTurnBytes,
+                      Stage::kCells, flat);
 }
-
-bool aligned_to_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 /// Whether every pixel of every map, and every cell, starts on 16 bytes that hold `count` channels.
 bool packs(const Problem& problem, int64_t count) {
@@ -103,14 +115,15 @@ bool packs(const Problem& problem, int64_t count) {
 }
 
 // 32 sums a lane: 8 columns of 4 channels, or 4 columns of 8 channels.
-using TileOfFloat = Tile<float, 1, 8, 4, 3>;
-using TileOf16Bit = Tile<float, 1, 4, 8, 3>;
+using TileOfFloat = Tile<float, 8, 4, 3>;
+using TileOf16Bit = Tile<float, 4, 8, 3>;
 // Channels one by one, where they do not come in packs.
 template <class Number>
-using TileOfOdd = Tile<Number, 1, 8, 1, sizeof(Number) == 8 ? 2 : 3>;
-// 2 rows of 16 columns in each lane, and for double 1 row of 16.
-using TileNchwFloat = Tile<float, 2, 16, 1, 3>;
-using TileNchwDouble = Tile<double, 1, 8, 1, 2>;
+using TileOfOdd = Tile<Number, 8, 1, sizeof(Number) == 8 ? 2 : 3>;
+// 16 columns of 2 channels; of one where a box would not fit.
+using TileNchw = Tile<float, 16, 2, 3>;
+using TileNchwLarge = Tile<float, 16, 1, 3>;
+using TileNchwDouble = Tile<double, 8, 1, 2>;
 
 template <class T>
 void launch_odd(const Problem& problem) {
@@ -133,11 +146,26 @@ void gather_nhwc(const Problem& problem) {
   }
 }
 
-void gather_nchw(const Problem& problem) {
-  if (problem.dtype == Dtype::kFloat64) {
-    launch_nchw<TileNchwDouble>(problem);
+template <class T>
+void launch_nchw(const Problem& problem) {
+  const int64_t plane = int64_t{problem.out_height} * problem.out_width;
+  if (plane <= Stage<T, TileNchw>::kCells) {
+    launch_nchw<T, TileNchw>(problem);
   } else {
-    launch_nchw<TileNchwFloat>(problem);
+    launch_nchw<T, TileNchwLarge>(problem);
+  }
+}
+
+void gather_nchw(const Problem& problem) {
+  switch (problem.dtype) {
+    case Dtype::kFloat32:
+      return launch_nchw<float>(problem);
+    case Dtype::kFloat16:
+      return launch_nchw<half>(problem);
+    case Dtype::kBFloat16:
+      return launch_nchw<bfloat16>(problem);
+    default:
+      return launch_nchw<double, TileNchwDouble>(problem);
   }
 }
 
