@@ -990,8 +990,16 @@ __device__ __forceinline__ void store_nchw(const Problem& problem, const TilePla
       for (int32_t base = 0; base < 32; base += kStep) {
         const int32_t channel = base + lane / kQuads;
         if (channel < channels && q * kQuad < width) {
-          const Quad<Number> quad = quads[place_of(channel, q)];
-          if constexpr (sizeof(Number) == 4) Pack<T, kQuad>::from(quad.weight).store(target);
+          // Not by a Pack::store: the compiler would take it apart.
+          const Quad<Number>* quad = quads + place_of(channel, q);
+          if constexpr (sizeof(T) == 4) {
+            *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(quad);
+          } else if constexpr (sizeof(T) == 2) {
+            uint64_t word;
+            const auto pack = Pack<T, kQuad>::from(quad->weight);
+            memcpy(&word, &pack, sizeof(word));
+            *reinterpret_cast<uint64_t*>(target) = word;
+          }
         }
         target += kStep * level.stride_c;
       }
