@@ -11,7 +11,9 @@ namespace glimpse::cuda {
 namespace {
 
 constexpr int64_t kMostBlocks = 2147483647;
-constexpr size_t kMostSharedBytes = 48 * 1024;    // of a block, without asking for more
+constexpr size_t kMostSharedBytes = 48 * 1024;  // of a block, without asking for more
+constexpr int64_t kFewChannels = 4;
+constexpr int64_t kManyPixels = 4096;             // of all maps
 constexpr int64_t kMostCells = int64_t{1} << 30;  // cells of a box are counted in 32 bits
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -22,12 +24,10 @@ dim3 blocks_of_256(int64_t items) {
   return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
 }
 
-/// `most_cells` of a box can be held at once.
+/// Divides all levels into tiles and returns the number of blocks.
 template <class Tile>
-GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int32_t most_cells,
-                       int64_t* blocks) {
-  GatherPlan plan = {};
-  plan.prepared = prepares_rows<typename Tile::Number>(problem);
+int64_t lay_tiles(const Problem& problem, GatherPlan* plan_of) {
+  GatherPlan& plan = *plan_of;
   plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
   int64_t tiles = 0;
   for (int32_t l = 0; l < problem.levels; ++l) {
@@ -36,11 +36,21 @@ GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int32_t most_
     plan.tiles_x[l] = static_cast<int32_t>(ceil_div(problem.level[l].width, Tile::kColumns));
     tiles += problem.batch * plan.tiles_y[l] * plan.tiles_x[l];
   }
-  *blocks = tiles * plan.slices;
+  return tiles * plan.slices;
+}
+
+/// `most_cells` of a box can be held at once.
+template <class Tile>
+GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int32_t most_cells,
+                       int64_t* blocks) {
+  GatherPlan plan = {};
+  plan.prepared = prepares_rows<typename Tile::Number>(problem);
+  *blocks = lay_tiles<Tile>(problem, &plan);
 
   plan.cells_y = problem.out_height < kMostHeldCells ? problem.out_height : kMostHeldCells;
   plan.cells_x = problem.out_width < kMostHeldCells ? problem.out_width : kMostHeldCells;
-  if (plan.cells_y * plan.cells_x > most_cells) {
+  // Columns that are held in parts belong to one band at a time.
+  if (plan.cells_x < problem.out_width || plan.cells_y * plan.cells_x > most_cells) {
     if (plan.cells_y > kBand) plan.cells_y = kBand;
     if (plan.cells_y * plan.cells_x > most_cells) plan.cells_x = most_cells / plan.cells_y;
   }
@@ -65,6 +75,16 @@ GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int32_t most_
   return plan;
 }
 
+template <class Kernel>
+void launch_blocks(const Problem& problem, Kernel kernel, int64_t blocks, size_t bytes,
+                   GatherPlan plan) {
+  for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
+    const int64_t left = blocks - plan.first_block;
+    launch(kernel, dim3(static_cast<unsigned>(left < kMostBlocks ? left : kMostBlocks)),
+           kGatherThreads, bytes, static_cast<Stream>(problem.stream), problem, plan);
+  }
+}
+
 template <class Tile, class Kernel>
 void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, size_t least_bytes,
                    int32_t most_cells, bool flat) {
@@ -73,11 +93,7 @@ void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, si
   plan.flat = flat;
   size_t bytes = stage_bytes + plan.weight_bytes;
   if (bytes < least_bytes) bytes = least_bytes;
-  for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
-    const int64_t left = blocks - plan.first_block;
-    launch(kernel, dim3(static_cast<unsigned>(left < kMostBlocks ? left : kMostBlocks)),
-           kGatherThreads, bytes, static_cast<Stream>(problem.stream), problem, plan);
-  }
+  launch_blocks(problem, kernel, blocks, bytes, plan);
 }
 
 bool aligned_to_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -169,6 +185,27 @@ void gather_nchw(const Problem& problem) {
   }
 }
 
+template <class T>
+void launch_pixels(const Problem& problem) {
+  using Tile = PixelTile<acc_t<T>>;
+  GatherPlan plan = {};
+  const int64_t blocks = lay_tiles<Tile>(problem, &plan);
+  launch_blocks(problem, gather_pixels_kernel<T>, blocks, 0, plan);
+}
+
+void gather_pixels(const Problem& problem) {
+  switch (problem.dtype) {
+    case Dtype::kFloat32:
+      return launch_pixels<float>(problem);
+    case Dtype::kFloat16:
+      return launch_pixels<half>(problem);
+    case Dtype::kBFloat16:
+      return launch_pixels<bfloat16>(problem);
+    default:
+      return launch_pixels<double>(problem);
+  }
+}
+
 template <class Number>
 void prepare(const Problem& problem) {
   const bool rows = prepares_rows<Number>(problem);
@@ -207,6 +244,12 @@ void grad_features(const Problem& problem) {
       problem.boxes > kMostGatherBoxes) {
     return wide ? gather_simple<double>(problem) : gather_simple<float>(problem);
   }
+  // Lanes that are channels would be idle, but smaller tiles make more blocks of a small map.
+  int64_t pixels = 0;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    pixels += problem.batch * problem.level[l].height * problem.level[l].width;
+  }
+  if (problem.channels <= kFewChannels && pixels >= kManyPixels) return gather_pixels(problem);
   if (problem.layout == Layout::kNhwc) return gather_nhwc(problem);
   gather_nchw(problem);
 }

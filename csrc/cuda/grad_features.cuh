@@ -17,6 +17,7 @@
 ///
 ///   gather_nhwc_kernel    lanes are neighbouring channels and read gradients with wide loads
 ///   gather_nchw_kernel    gradients are staged in shared memory, lanes are channels
+///   gather_pixels_kernel  few channels, any layout: lanes are pixels
 ///   gather_simple_kernel  a thread per element; sizes beyond 32-bit counts
 namespace glimpse::cuda {
 
@@ -1071,7 +1072,7 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
                 sums);
 }
 
-// ------------------------------------------------------------------------------------ simple
+// ------------------------------------------------------------------------------- few channels
 
 /// The merged weight of one pixel in a cell.
 template <class Number>
@@ -1084,6 +1085,156 @@ __device__ __forceinline__ Number pixel_weight(const Operator& op, const BoxAxis
                });
   return sum * sample_factor(line.axis);
 }
+
+/// A weight that is not kept in a table: rare, where a box has far more cells than pixels.
+template <class Number>
+__device__ __forceinline__ Number far_weight(const Problem& problem, const TilePlace& place,
+                                             int64_t k, int32_t direction, int32_t cell,
+                                             int32_t pixel) {
+  const Box<Number> box = box_on_level<Number>(problem, k, place.image, place.level);
+  return pixel_weight(problem.op, box_axis(problem, box, direction), cell, pixel);
+}
+
+/// What a block of gather_pixels_kernel owns: a column of kWarpRows pixels in each lane, of up to
+/// kChannels channels.
+template <class NumberT>
+struct PixelTile {
+  using Number = NumberT;
+  static constexpr int32_t kWarpRows = 4;
+  static constexpr int32_t kRows = kWarpRows * kGatherWarps;
+  static constexpr int32_t kColumns = 32;
+  static constexpr int32_t kChannels = 4;
+};
+
+/// The cells that read one row or column of pixels, with the weights of the first of them.
+template <class Number>
+struct PixelLine {
+  static constexpr int32_t kKept = 5;  // odd, so that lanes use different banks
+  Cells cells;
+  Number weight[kKept];
+};
+
+/// Thread: kWarpRows pixels below each other, all channels. For images, where lanes that are
+/// channels would be idle. Boxes are taken one by one; the block first looks up which cells read
+/// each of its rows and columns.
+template <class T>
+__global__ void __launch_bounds__(kGatherThreads, sizeof(T) == 8 ? 2 : 3)
+    gather_pixels_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
+                         GLIMPSE_GRID_CONSTANT GatherPlan plan) {
+  using Number = acc_t<T>;
+  using Tile = PixelTile<Number>;
+  using Line = PixelLine<Number>;
+  constexpr int32_t kLines = Tile::kRows + Tile::kColumns;
+  static_assert(kGatherThreads % kLines == 0, "a warp builds one weight of 32 lines");
+  GLIMPSE_SHARED(TilePlace, place, );
+  GLIMPSE_SHARED(BoxList, list, );
+  GLIMPSE_SHARED(Line, lines, [kLines]);
+  if (threadIdx.x == 0) {
+    place = place_of_block<Tile>(problem, plan);
+    list.next = 0;
+  }
+  __syncthreads();
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t lane = thread & 31, warp = thread >> 5;
+  const Level& level = problem.level[place.level];
+  const int32_t x = place.x + lane, first_y = place.y + warp * Tile::kWarpRows;
+  const int64_t first_channel = int64_t{place.slice} * Tile::kChannels;
+  const int64_t left = problem.channels - first_channel;
+  const int32_t channels = left < Tile::kChannels ? static_cast<int32_t>(left) : Tile::kChannels;
+  const bool nhwc = problem.layout == Layout::kNhwc;
+  const int64_t plane = int64_t{problem.out_height} * problem.out_width;
+  const int64_t cell_stride = nhwc ? problem.channels : 1;
+  const int64_t channel_stride = nhwc ? 1 : plane;
+  const T* pooled = static_cast<const T*>(problem.pooled) + first_channel * channel_stride;
+
+  Number value[Tile::kWarpRows][Tile::kChannels] = {};
+  while (list.next < problem.boxes) {
+    list_boxes<Tile>(problem, place, &list);
+    for (int32_t i = 0; i < list.size; ++i) {
+      const int64_t k = list.box[i];
+      {
+        const int32_t own = thread % kLines;
+        const bool along_y = own < Tile::kRows;
+        const Box<Number> box = box_on_level<Number>(problem, k, place.image, place.level);
+        const BoxAxis<Number> line = box_axis(problem, box, along_y ? kY : kX);
+        const int32_t pixel = along_y ? place.y + own : place.x + own - Tile::kRows;
+        Cells cells = {0, 0};
+        if (pixel < line.size) cells = cells_reaching(problem.op, line, pixel, pixel);
+        if (thread < kLines) lines[own].cells = cells;
+        GLIMPSE_NO_UNROLL
+        for (int32_t j = thread / kLines; j < Line::kKept; j += kGatherThreads / kLines) {
+          Number weight = 0;
+          if (cells.first + j < cells.end) {
+            weight = pixel_weight(problem.op, line, cells.first + j, pixel);
+          }
+          lines[own].weight[j] = weight;
+        }
+      }
+      __syncthreads();
+      const T* grad = pooled + k * problem.channels * plane;
+      const Line& column = lines[Tile::kRows + lane];
+      const Cells columns = column.cells;
+      GLIMPSE_UNROLL
+      for (int32_t r = 0; r < Tile::kWarpRows; ++r) {
+        const Line& row = lines[warp * Tile::kWarpRows + r];
+        const Cells rows = row.cells;
+        GLIMPSE_NO_UNROLL
+        for (int32_t band = rows.first; band < rows.end;) {
+          const int32_t next_band = band - band % kBand + kBand;
+          const int32_t band_end = next_band < rows.end ? next_band : rows.end;
+          GLIMPSE_NO_UNROLL
+          for (int32_t cell_x = columns.first; cell_x < columns.end; ++cell_x) {
+            const int32_t j = cell_x - columns.first;
+            const Number weight_x = j < Line::kKept
+                                        ? column.weight[j]
+                                        : far_weight<Number>(problem, place, k, kX, cell_x, x);
+            if (weight_x == 0) continue;
+            Number sum[Tile::kChannels] = {};
+            const T* cell = grad + (int64_t{band} * problem.out_width + cell_x) * cell_stride;
+            GLIMPSE_NO_UNROLL
+            for (int32_t cell_y = band; cell_y < band_end; ++cell_y) {
+              const int32_t i_y = cell_y - rows.first;
+              const Number weight_y = i_y < Line::kKept ? row.weight[i_y]
+                                                        : far_weight<Number>(problem, place, k, kY,
+                                                                             cell_y, first_y + r);
+              if (weight_y != 0) {
+                GLIMPSE_UNROLL
+                for (int32_t c = 0; c < Tile::kChannels; ++c) {
+                  if (c < channels) {
+                    Number grad_of_cell[1];
+                    Pack<T, 1>::load(cell + c * channel_stride).unpack(grad_of_cell);
+                    sum[c] += weight_y * grad_of_cell[0];
+                  }
+                }
+              }
+              cell += problem.out_width * cell_stride;
+            }
+            GLIMPSE_UNROLL
+            for (int32_t c = 0; c < Tile::kChannels; ++c) value[r][c] += weight_x * sum[c];
+          }
+          band = band_end;
+        }
+      }
+      __syncthreads();  // before the next lines take the place of these
+    }
+  }
+
+  if (x >= level.width) return;
+  T* target = static_cast<T*>(level.data) + place.image * level.stride_n +
+              first_channel * level.stride_c + first_y * level.stride_h + x * level.stride_w;
+  GLIMPSE_UNROLL
+  for (int32_t r = 0; r < Tile::kWarpRows; ++r) {
+    if (first_y + r < level.height) {
+      GLIMPSE_UNROLL
+      for (int32_t c = 0; c < Tile::kChannels; ++c) {
+        if (c < channels) target[c * level.stride_c] = Store<T>::from(value[r][c]);
+      }
+    }
+    target += level.stride_h;
+  }
+}
+
+// ------------------------------------------------------------------------------------ simple
 
 /// Thread: one element of a gradient at a time; nothing is shared. The formula as it stands, and
 /// what the kernels above are compared with: they add the same numbers in the same order.
