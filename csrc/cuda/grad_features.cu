@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kMostBlocks = 2147483647;
 constexpr size_t kMostSharedBytes = 48 * 1024;  // of a block, without asking for more
+constexpr int64_t kFewBlocks = 264;             // two for each multiprocessor of a large GPU
 constexpr int64_t kFewChannels = 4;
 constexpr int64_t kManyPixels = 4096;             // of all maps
 constexpr int64_t kMostCells = int64_t{1} << 30;  // cells of a box are counted in 32 bits
@@ -137,9 +138,18 @@ using TileOf16Bit = Tile<float, 4, 8, 3>;
 template <class Number>
 using TileOfOdd = Tile<Number, 8, 1, sizeof(Number) == 8 ? 2 : 3>;
 // 16 columns of 2 channels; of one where a box would not fit.
-using TileNchw = Tile<float, 16, 2, 3>;
+using TileNchw = Tile<float, 16, 2, 2>;
 using TileNchwLarge = Tile<float, 16, 1, 3>;
+// Of a grid that would be too small: more blocks, and more work in all.
+using TileNchwSmall = Tile<float, 8, 1, 3>;
 using TileNchwDouble = Tile<double, 8, 1, 2>;
+
+/// Whether tiles make so few blocks that smaller ones end earlier.
+template <class Tile>
+bool few_blocks(const Problem& problem) {
+  GatherPlan plan = {};
+  return lay_tiles<Tile>(problem, &plan) < kFewBlocks;
+}
 
 template <class T>
 void launch_odd(const Problem& problem) {
@@ -165,7 +175,9 @@ void gather_nhwc(const Problem& problem) {
 template <class T>
 void launch_nchw(const Problem& problem) {
   const int64_t plane = int64_t{problem.out_height} * problem.out_width;
-  if (plane <= Stage<T, TileNchw>::kCells) {
+  if (few_blocks<TileNchw>(problem)) {
+    launch_nchw<T, TileNchwSmall>(problem);
+  } else if (plane <= Stage<T, TileNchw>::kCells) {
     launch_nchw<T, TileNchw>(problem);
   } else {
     launch_nchw<T, TileNchwLarge>(problem);

@@ -675,13 +675,11 @@ __device__ __forceinline__ void add_columns_nhwc(const T* grad, int64_t column_s
   using GradPack = Pack<T, Tile::kVector>;
   constexpr int32_t kAhead = kReads > 0 ? kReads : 1;
   Number row_weight[kAhead];
-  const T* next_grad[kAhead];
   GradPack next[kAhead];
   GLIMPSE_UNROLL
   for (int32_t i = 0; i < kAhead; ++i) {
     row_weight[i] = weight_y[i * Tile::kRows];
-    next_grad[i] = grad + i * row_stride;
-    next[i] = active ? GradPack::load(next_grad[i]) : GradPack::zero();
+    next[i] = active ? GradPack::load(grad + i * row_stride) : GradPack::zero();
   }
   GLIMPSE_NO_UNROLL
   for (int32_t x = 0; x < columns; ++x) {
@@ -689,15 +687,16 @@ __device__ __forceinline__ void add_columns_nhwc(const T* grad, int64_t column_s
     GLIMPSE_UNROLL
     for (int32_t i = 0; i < kAhead; ++i) {
       const GradPack current = next[i];
-      next_grad[i] += column_stride;
-      if (active && x + 1 < columns) next[i] = GradPack::load(next_grad[i]);
+      if (active && x + 1 < columns) {
+        next[i] = GradPack::load(grad + column_stride + i * row_stride);
+      }
       Number value[Tile::kVector];
       current.unpack(value);
       GLIMPSE_UNROLL
       for (int32_t v = 0; v < Tile::kVector; ++v) sum[v] += row_weight[i] * value[v];
     }
     if constexpr (kReads == 0) {
-      const T* below = grad + x * column_stride;
+      const T* below = grad;
       GLIMPSE_NO_UNROLL
       for (int32_t i = 1; i < rows; ++i) {
         below += row_stride;
@@ -711,6 +710,7 @@ __device__ __forceinline__ void add_columns_nhwc(const T* grad, int64_t column_s
     }
     sums.add(sum, weight_x, touched_x[x]);
     weight_x += Tile::kQuads;
+    grad += column_stride;
   }
 }
 
@@ -1118,7 +1118,7 @@ struct PixelLine {
 /// channels would be idle. Boxes are taken one by one; the block first looks up which cells read
 /// each of its rows and columns.
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads, sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kGatherThreads, sizeof(T) == 8 ? 1 : 2)
     gather_pixels_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                          GLIMPSE_GRID_CONSTANT GatherPlan plan) {
   using Number = acc_t<T>;
