@@ -673,21 +673,24 @@ __device__ __forceinline__ void add_columns_nhwc(const T* grad, int64_t column_s
                                                  const uint32_t* touched_x, TileSums<Tile>& sums) {
   using Number = typename Tile::Number;
   using GradPack = Pack<T, Tile::kVector>;
-  constexpr int32_t kAhead = kReads > 0 ? kReads : 1;
-  Number row_weight[kAhead];
-  GradPack next[kAhead];
+  constexpr int32_t kRows = kReads > 0 ? kReads : 1;
+  // With 8 channels in each lane the second row has no registers to be ahead.
+  constexpr int32_t kAhead = Tile::kVector == 8 ? 1 : kRows;
+  Number row_weight[kRows];
+  GradPack next[kRows];
   GLIMPSE_UNROLL
-  for (int32_t i = 0; i < kAhead; ++i) {
+  for (int32_t i = 0; i < kRows; ++i) {
     row_weight[i] = weight_y[i * Tile::kRows];
-    next[i] = active ? GradPack::load(grad + i * row_stride) : GradPack::zero();
+    next[i] = active && i < kAhead ? GradPack::load(grad + i * row_stride) : GradPack::zero();
   }
   GLIMPSE_NO_UNROLL
   for (int32_t x = 0; x < columns; ++x) {
     Number sum[Tile::kVector] = {};
     GLIMPSE_UNROLL
-    for (int32_t i = 0; i < kAhead; ++i) {
+    for (int32_t i = 0; i < kRows; ++i) {
+      if (i >= kAhead && active) next[i] = GradPack::load(grad + i * row_stride);
       const GradPack current = next[i];
-      if (active && x + 1 < columns) {
+      if (i < kAhead && active && x + 1 < columns) {
         next[i] = GradPack::load(grad + column_stride + i * row_stride);
       }
       Number value[Tile::kVector];
