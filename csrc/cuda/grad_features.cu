@@ -133,7 +133,7 @@ bool packs(const Problem& problem, int64_t count) {
 
 // 32 sums a lane: 8 columns of 4 channels, or 4 columns of 8 channels.
 using TileOfFloat = Tile<float, 8, 4, 3>;
-using TileOf16Bit = Tile<float, 4, 8, 3>;
+using TileOf16Bit = Tile<float, 4, 8, 2>;
 // Channels one by one, where they do not come in packs.
 template <class Number>
 using TileOfOdd = Tile<Number, 8, 1, sizeof(Number) == 8 ? 2 : 3>;
