@@ -1121,7 +1121,7 @@ struct PixelLine {
 /// channels would be idle. Boxes are taken one by one; the block first looks up which cells read
 /// each of its rows and columns.
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kGatherThreads, 1)
     gather_pixels_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                          GLIMPSE_GRID_CONSTANT GatherPlan plan) {
   using Number = acc_t<T>;
