@@ -257,7 +257,7 @@ def _modifiers(line: Line, into: _Instruction) -> None:
     if operation in {"SHF", "USHF"}:
         flags |= FLAGS["U32"] if {"U32", "U64"} & set(parts) else 0
         flags |= FLAGS["LONG"] if {"U64", "S64"} & set(parts) else 0
-    if operation == "FLO":
+    if operation in {"FLO", "UFLO"}:
         flags |= FLAGS["U32"] if "U32" in parts else 0
     if operation in {"HADD2", "REDG", "RED"} and "F32" in parts:
         flags |= FLAGS["F32"]

@@ -47,9 +47,9 @@ enum Kind : uint8_t { kNone, kReg, kUreg, kImm, kConst, kPred, kUpred, kAddress,
   X(I2F) X(I2FP) X(IABS) X(IADD3) X(IMAD) X(IMNMX) X(ISETP) X(LD) X(LDC) X(LDG) X(LDGDEPBAR) \
   X(LDGSTS) X(LDL) X(LDS) X(LEA) X(LOP3) X(MOV) X(MUFU) X(NOP) X(P2R) X(PLOP3) X(POPC) X(PRMT) \
   X(QSPC) X(R2P) X(R2UR) X(RED) X(REDG) X(RET) X(S2R) X(S2UR) X(SEL) X(SHF) X(SHFL) X(ST) \
-  X(STG) X(STL) X(STS) X(UIADD3) X(UIMAD) X(UIMNMX) X(UISETP) X(ULDC) X(ULEA) X(ULOP3) X(UMOV) \
-  X(UPLOP3) X(UPOPC) X(UPRMT) X(USEL) X(USHF) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VIMNMX3) \
-  X(VOTE) X(VOTEU) X(WARPSYNC) X(YIELD) X(UNKNOWN)
+  X(STG) X(STL) X(STS) X(UBREV) X(UFLO) X(UIADD3) X(UIMAD) X(UIMNMX) X(UISETP) X(ULDC) X(ULEA) \
+  X(ULOP3) X(UMOV) X(UPLOP3) X(UPOPC) X(UPRMT) X(USEL) X(USHF) X(VIADD) X(VIADDMNMX) X(VIMNMX) \
+  X(VIMNMX3) X(VOTE) X(VOTEU) X(WARPSYNC) X(YIELD) X(UNKNOWN)
 // clang-format on
 enum Operation : uint16_t {
 #define SASS_NAME(name) name,
@@ -1249,7 +1249,8 @@ void Machine::step(Warp& w, size_t at) {
             [&](int i) { return static_cast<uint32_t>(__builtin_popcount(a[i])); });
       break;
     }
-    case BREV: {
+    case BREV:
+    case UBREV: {
       const uint32_t* a = integer(w, o[1], ra);
       store(w, o[0], mask, 0, [&](int i) {
         uint32_t out = 0;
@@ -1258,7 +1259,8 @@ void Machine::step(Warp& w, size_t at) {
       });
       break;
     }
-    case FLO: {
+    case FLO:
+    case UFLO: {
       if (!(in.flags & kUnsigned)) wrong("FLO of signed numbers");
       const uint32_t* a = integer(w, o[1], ra);
       store(w, o[0], mask, 0, [&](int i) {

@@ -40,6 +40,7 @@ class Work:
 
 WORK = [
     Work("one_channel", 1, (3, 2), 2),
+    Work("images", 3, (24, 9), 1, levels=((67, 70),), boxes=5),
     Work("fpn_box_head", 36, (7, 7), 2),
     Work("mask_head", 64, (14, 14), 2, boxes=7),
     Work("channel_tail", 133, (5, 4), 2, boxes=9),

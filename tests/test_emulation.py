@@ -95,6 +95,37 @@ def test_boxes_that_read_nothing_change_no_bit_of_a_gradient(
     assert torch.equal(grads[0], grads[1])
 
 
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "cells"), [((66, 71), 24), ((66, 71), 7), ((7, 600), 40)])
+def test_gradients_of_images_are_those_of_channels(
+    size: tuple[int, int], cells: int, dtype: torch.dtype, layout: str
+) -> None:
+    """Lanes that are pixels, for three channels, and lanes that are channels: the same bits."""
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    unit = random_tensor((5, 4), precision, "images") / 2 + 0.5
+    extent = torch.tensor([size[1], size[0]], dtype=precision)
+    corner = unit[:, :2] * extent * 0.7
+    boxes = torch.cat([torch.zeros(5, 1), corner, corner + unit[:, 2:] * extent * 0.6], 1)
+    boxes[0, 3:] = boxes[0, 1:3] + 2  # far more cells than pixels
+    boxes[1, 1] = torch.nan
+    boxes[2, 1:] = torch.tensor([-1e9, -3, 1e9, 9])
+    backend = _testing.use_backend("emulated")
+    try:
+        grads = []
+        for channels in (3, 24):
+            image = torch.zeros(1, channels, *size, dtype=dtype)
+            image = arrange(image, layout).requires_grad_()
+            pooled = glimpse_ext.roi_align(image, boxes.to(precision), cells, 1.0, 2, aligned=True)
+            up = random_tensor((5, 24, cells, cells), dtype, "images up")[:, :channels]
+            grads.append(torch.autograd.grad(pooled, image, up.contiguous())[0])
+    finally:
+        _testing.use_backend(backend)
+    assert grads[0].abs().max() > 0
+    assert torch.equal(grads[0], grads[1][:, :3])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [8, 16, 1096])
 def test_points_in_packs_are_points_one_by_one(channels: int, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@
 ///               copy_async_wait_all
 ///   barriers    __syncthreads, __syncwarp
 ///   warps       __ballot_sync, __shfl_sync, __shfl_down_sync, __shfl_xor_sync, with kFullWarp;
-///               __popc, __ffs; block sizes are then multiples of 32
+///               __popc, __ffs, __clz; block sizes are then multiples of 32
 ///   types       float2 float4 double2 int2 int4 uint2 uint4 ushort2 ushort4 short2 short4,
 ///               make_*; dim3
 ///   hints       GLIMPSE_UNROLL, GLIMPSE_ASSERT

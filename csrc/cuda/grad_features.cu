@@ -12,7 +12,9 @@ namespace {
 
 constexpr int64_t kMostBlocks = 2147483647;
 constexpr size_t kMostSharedBytes = 48 * 1024;  // of a block, without asking for more
-constexpr int32_t kMostCellsHeld = 64;          // along an axis, of boxes that are taken one by one
+constexpr int64_t kFewBlocks = 264;             // two for each multiprocessor of a large GPU
+constexpr int64_t kFewChannels = 4;
+constexpr int64_t kManyPixels = 4096;             // of all maps
 constexpr int64_t kMostCells = int64_t{1} << 30;  // cells of a box are counted in 32 bits
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -23,10 +25,10 @@ dim3 blocks_of_256(int64_t items) {
   return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
 }
 
+/// Divides all levels into tiles and returns the number of blocks.
 template <class Tile>
-GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* blocks) {
-  GatherPlan plan = {};
-  plan.prepared = prepares_rows<typename Tile::Number>(problem);
+int64_t lay_tiles(const Problem& problem, GatherPlan* plan_of) {
+  GatherPlan& plan = *plan_of;
   plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
   int64_t tiles = 0;
   for (int32_t l = 0; l < problem.levels; ++l) {
@@ -35,20 +37,31 @@ GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* bloc
     plan.tiles_x[l] = static_cast<int32_t>(ceil_div(problem.level[l].width, Tile::kColumns));
     tiles += problem.batch * plan.tiles_y[l] * plan.tiles_x[l];
   }
-  *blocks = tiles * plan.slices;
+  return tiles * plan.slices;
+}
 
-  const int32_t cells =
-      problem.out_height > problem.out_width ? problem.out_height : problem.out_width;
-  plan.cells_y = problem.out_height;
-  plan.cells_x = problem.out_width;
-  if (cells > 32) {
+/// `most_cells` of a box can be held at once.
+template <class Tile>
+GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int32_t most_cells,
+                       int64_t* blocks) {
+  GatherPlan plan = {};
+  plan.prepared = prepares_rows<typename Tile::Number>(problem);
+  *blocks = lay_tiles<Tile>(problem, &plan);
+
+  plan.cells_y = problem.out_height < kMostHeldCells ? problem.out_height : kMostHeldCells;
+  plan.cells_x = problem.out_width < kMostHeldCells ? problem.out_width : kMostHeldCells;
+  // Columns that are held in parts belong to one band at a time.
+  if (plan.cells_x < problem.out_width || plan.cells_y * plan.cells_x > most_cells) {
+    if (plan.cells_y > kBand) plan.cells_y = kBand;
+    if (plan.cells_y * plan.cells_x > most_cells) plan.cells_x = most_cells / plan.cells_y;
+  }
+  if (plan.cells_y < problem.out_height || plan.cells_x < problem.out_width) {
     plan.group_shift = 5;
     plan.slots = 1;
-    if (plan.cells_y > kMostCellsHeld) plan.cells_y = kMostCellsHeld;
-    if (plan.cells_x > kMostCellsHeld) plan.cells_x = kMostCellsHeld;
     TileWeights<Tile>::lay_out(&plan);
     return plan;
   }
+  const int32_t cells = plan.cells_y > plan.cells_x ? plan.cells_y : plan.cells_x;
   // A group of lanes has a lane for each cell. Half of the groups of the block build along y and
   // half along x, once.
   plan.group_shift = cells <= 8 ? 3 : cells <= 16 ? 4 : 5;
@@ -63,12 +76,9 @@ GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int64_t* bloc
   return plan;
 }
 
-template <class Tile, class Kernel>
-void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, size_t least_bytes) {
-  int64_t blocks = 0;
-  GatherPlan plan = plan_gather<Tile>(problem, stage_bytes, &blocks);
-  size_t bytes = stage_bytes + plan.weight_bytes;
-  if (bytes < least_bytes) bytes = least_bytes;
+template <class Kernel>
+void launch_blocks(const Problem& problem, Kernel kernel, int64_t blocks, size_t bytes,
+                   GatherPlan plan) {
   for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
     const int64_t left = blocks - plan.first_block;
     launch(kernel, dim3(static_cast<unsigned>(left < kMostBlocks ? left : kMostBlocks)),
@@ -76,18 +86,37 @@ void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, si
   }
 }
 
-template <class T, class Tile>
-void launch_nhwc(const Problem& problem) {
-  launch_gather<Tile>(problem, gather_nhwc_kernel<T, Tile>, 0, 0);
-}
-
-template <class Tile>
-void launch_nchw(const Problem& problem) {
-  launch_gather<Tile>(problem, gather_nchw_kernel<Tile>, Stage<Tile>::kBytes,
-                      Stage<Tile>::kTurnBytes);
+template <class Tile, class Kernel>
+void launch_gather(const Problem& problem, Kernel kernel, size_t stage_bytes, size_t least_bytes,
+                   int32_t most_cells, bool flat) {
+  int64_t blocks = 0;
+  GatherPlan plan = plan_gather<Tile>(problem, stage_bytes, most_cells, &blocks);
+  plan.flat = flat;
+  size_t bytes = stage_bytes + plan.weight_bytes;
+  if (bytes < least_bytes) bytes = least_bytes;
+  launch_blocks(problem, kernel, blocks, bytes, plan);
 }
 
 bool aligned_to_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <class T, class Tile>
+void launch_nhwc(const Problem& problem) {
+  launch_gather<Tile>(problem, gather_nhwc_kernel<T, Tile>, 0, 0, kMostHeldCells * kMostHeldCells,
+                      false);
+}
+
+template <class T, class Tile>
+void launch_nchw(const Problem& problem) {
+  using Stage = Stage<T, Tile>;
+  const int64_t plane = int64_t{problem.out_height} * problem.out_width;
+  // An odd distance of channels; neighbouring channels of all boxes in pieces of 16 bytes.
+  const bool flat = plane % 2 == 1 && plane <= Stage::kCells &&
+                    problem.out_height <= kMostHeldCells && problem.out_width <= kMostHeldCells &&
+                    problem.channels * plane * static_cast<int64_t>(sizeof(T)) % 16 == 0 &&
+                    aligned_to_16(problem.pooled);
+  launch_gather<Tile>(problem, gather_nchw_kernel<T, Tile>, Stage::kBytes, Stage::kTurnBytes,
+                      Stage::kCells, flat);
+}
 
 /// Whether every pixel of every map, and every cell, starts on 16 bytes that hold `count` channels.
 bool packs(const Problem& problem, int64_t count) {
@@ -103,14 +132,24 @@ bool packs(const Problem& problem, int64_t count) {
 }
 
 // 32 sums a lane: 8 columns of 4 channels, or 4 columns of 8 channels.
-using TileOfFloat = Tile<float, 1, 8, 4, 3>;
-using TileOf16Bit = Tile<float, 1, 4, 8, 3>;
+using TileOfFloat = Tile<float, 8, 4, 3>;
+using TileOf16Bit = Tile<float, 4, 8, 2>;
 // Channels one by one, where they do not come in packs.
 template <class Number>
-using TileOfOdd = Tile<Number, 1, 8, 1, sizeof(Number) == 8 ? 2 : 3>;
-// 2 rows of 16 columns in each lane, and for double 1 row of 16.
-using TileNchwFloat = Tile<float, 2, 16, 1, 3>;
-using TileNchwDouble = Tile<double, 1, 8, 1, 2>;
+using TileOfOdd = Tile<Number, 8, 1, sizeof(Number) == 8 ? 2 : 3>;
+// 16 columns of 2 channels; of one where a box would not fit.
+using TileNchw = Tile<float, 16, 2, 2>;
+using TileNchwLarge = Tile<float, 16, 1, 3>;
+// Of a grid that would be too small: more blocks, and more work in all.
+using TileNchwSmall = Tile<float, 8, 1, 3>;
+using TileNchwDouble = Tile<double, 8, 1, 2>;
+
+/// Whether tiles make so few blocks that smaller ones end earlier.
+template <class Tile>
+bool few_blocks(const Problem& problem) {
+  GatherPlan plan = {};
+  return lay_tiles<Tile>(problem, &plan) < kFewBlocks;
+}
 
 template <class T>
 void launch_odd(const Problem& problem) {
@@ -133,11 +172,49 @@ void gather_nhwc(const Problem& problem) {
   }
 }
 
-void gather_nchw(const Problem& problem) {
-  if (problem.dtype == Dtype::kFloat64) {
-    launch_nchw<TileNchwDouble>(problem);
+template <class T>
+void launch_nchw(const Problem& problem) {
+  const int64_t plane = int64_t{problem.out_height} * problem.out_width;
+  if (few_blocks<TileNchw>(problem)) {
+    launch_nchw<T, TileNchwSmall>(problem);
+  } else if (plane <= Stage<T, TileNchw>::kCells) {
+    launch_nchw<T, TileNchw>(problem);
   } else {
-    launch_nchw<TileNchwFloat>(problem);
+    launch_nchw<T, TileNchwLarge>(problem);
+  }
+}
+
+void gather_nchw(const Problem& problem) {
+  switch (problem.dtype) {
+    case Dtype::kFloat32:
+      return launch_nchw<float>(problem);
+    case Dtype::kFloat16:
+      return launch_nchw<half>(problem);
+    case Dtype::kBFloat16:
+      return launch_nchw<bfloat16>(problem);
+    default:
+      return launch_nchw<double, TileNchwDouble>(problem);
+  }
+}
+
+template <class T>
+void launch_pixels(const Problem& problem) {
+  using Tile = PixelTile<acc_t<T>>;
+  GatherPlan plan = {};
+  const int64_t blocks = lay_tiles<Tile>(problem, &plan);
+  launch_blocks(problem, gather_pixels_kernel<T>, blocks, 0, plan);
+}
+
+void gather_pixels(const Problem& problem) {
+  switch (problem.dtype) {
+    case Dtype::kFloat32:
+      return launch_pixels<float>(problem);
+    case Dtype::kFloat16:
+      return launch_pixels<half>(problem);
+    case Dtype::kBFloat16:
+      return launch_pixels<bfloat16>(problem);
+    default:
+      return launch_pixels<double>(problem);
   }
 }
 
@@ -179,6 +256,12 @@ void grad_features(const Problem& problem) {
       problem.boxes > kMostGatherBoxes) {
     return wide ? gather_simple<double>(problem) : gather_simple<float>(problem);
   }
+  // Lanes that are channels would be idle, but smaller tiles make more blocks of a small map.
+  int64_t pixels = 0;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    pixels += problem.batch * problem.level[l].height * problem.level[l].width;
+  }
+  if (problem.channels <= kFewChannels && pixels >= kManyPixels) return gather_pixels(problem);
   if (problem.layout == Layout::kNhwc) return gather_nhwc(problem);
   gather_nchw(problem);
 }

@@ -17,6 +17,7 @@
 ///
 ///   gather_nhwc_kernel    lanes are neighbouring channels and read gradients with wide loads
 ///   gather_nchw_kernel    gradients are staged in shared memory, lanes are channels
+///   gather_pixels_kernel  few channels, any layout: lanes are pixels
 ///   gather_simple_kernel  a thread per element; sizes beyond 32-bit counts
 namespace glimpse::cuda {
 
@@ -26,10 +27,13 @@ namespace glimpse::cuda {
 // keeps the sums of one tile in registers, looks up which boxes reach the tile, and adds them. Each
 // element is stored once, zeros included: no atomics, no memset, no read of the result.
 //
-// Order of additions of an element: boxes ascending, then cell rows ascending, then cell columns
-// ascending, one term  Wx * (Wy * pooled_grad)  at a time, skipping terms with a weight of zero.
-// Nothing else decides it: not the tile, not the block, not the other boxes. Weights are the merged
-// weights of build_row, bit for bit, because samples that miss the tile add nothing to it.
+// Order of additions of an element: boxes ascending, then bands of kBand cell rows, then cell
+// columns ascending, one term  Wx * (sum over the rows of the band, ascending, of Wy * pooled_grad)
+// at a time, skipping cells with a weight of zero. Nothing else decides it: not the tile, not the
+// block, not the other boxes. Weights are the merged weights of build_row, bit for bit, because
+// samples that miss the tile add nothing to it.
+
+constexpr int32_t kBand = 16;  // cell rows that are summed before their weights along x apply
 
 // ------------------------------------------------------------------------------- what boxes reach
 
@@ -202,17 +206,18 @@ __device__ __forceinline__ void store_element(Dtype dtype, void* data, int64_t i
 
 constexpr int32_t kGatherWarps = 8;
 constexpr int32_t kGatherThreads = 32 * kGatherWarps;
-constexpr int32_t kQuad = 4;         // pixels whose weights are read at once
-constexpr int32_t kFewestLanes = 8;  // that build one direction of one box
+constexpr int32_t kQuad = 4;            // pixels whose weights are read at once
+constexpr int32_t kFewestLanes = 8;     // that build one direction of one box
+constexpr int32_t kMostHeldCells = 32;  // along an axis: a lane and a bit for each
 constexpr int32_t kMostSlots = kGatherThreads / 2 / kFewestLanes;
 
-/// What a block owns: kWarpRows rows of kColumns pixels in each warp, kVector channels in each
-/// lane. kBlocks blocks shall share a multiprocessor, which bounds the registers.
-template <class NumberT, int32_t kWarpRowsV, int32_t kColumnsV, int32_t kVectorV, int32_t kBlocksV>
+/// What a block owns: a row of kColumns pixels in each warp, kVector channels in each lane. kBlocks
+/// blocks shall share a multiprocessor, which bounds the registers.
+template <class NumberT, int32_t kColumnsV, int32_t kVectorV, int32_t kBlocksV>
 struct Tile {
   using Number = NumberT;
-  static constexpr int32_t kWarpRows = kWarpRowsV;
-  static constexpr int32_t kRows = kGatherWarps * kWarpRows;
+  static constexpr int32_t kRows = kGatherWarps;
+  static constexpr int32_t kRowQuads = kRows / kQuad;
   static constexpr int32_t kColumns = kColumnsV;
   static constexpr int32_t kQuads = kColumns / kQuad;
   static constexpr int32_t kVector = kVectorV;
@@ -230,10 +235,11 @@ struct GatherPlan {
   int32_t group_shift;  // 1 << group_shift lanes build one direction of one box
   int32_t slots;        // boxes whose weights are held at once, a multiple of the groups of a warp
   // Cells of each box that are held at once. All of them, unless there are so many that boxes are
-  // taken one by one.
+  // taken one by one; then cells_y is a multiple of kBand.
   int32_t cells_y, cells_x;
-  int32_t x_offset, weight_bytes;  // of TileWeights
-  bool prepared;                   // the rows of boxes are in the workspace
+  int32_t x_offset, touched_offset, weight_bytes;  // of TileWeights
+  bool prepared;                                   // the rows of boxes are in the workspace
+  bool flat;  // channels of a block that follow each other are staged in one piece
 };
 
 /// Which tile this block owns. Kept in shared memory: held in registers all the time it would cost
@@ -346,56 +352,39 @@ struct alignas(16) Quad {
   Number weight[kQuad];
 };
 
-/// Weights of a batch of boxes at the rows and columns of a tile, in shared memory. Only the cells
-/// of a strip (the rows of a warp, a quad of columns) need to be visited for it. These cells are
-/// neighbours, because positions are monotone; that is why two numbers describe them.
+/// Weights of a batch of boxes at the rows and columns of a tile, in shared memory, and which
+/// pixels of the tile each cell touches: bit i for row or column i.
 template <class Tile>
 struct TileWeights {
   using Number = typename Tile::Number;
   using NumberQuad = Quad<Number>;
-  static constexpr int32_t kRowQuads = Tile::kRows / kQuad;
-  /// Of a cell. The same in both directions, so that building them is the same code.
-  static constexpr int32_t kCellQuads = kRowQuads > Tile::kQuads ? kRowQuads : Tile::kQuads;
-  static constexpr int32_t kRanges = kGatherWarps + 1 + Tile::kQuads + 1;
-  static constexpr int32_t kRangeBytes = kMostSlots * kRanges * sizeof(Cells);
 
-  Cells* range;   // [slots][kRanges]: each strip of y, all rows, each quad of x, all columns
-  NumberQuad* y;  // [slots][cells_y][kCellQuads]
-  NumberQuad* x;  // [slots][cells_x][kCellQuads]
+  NumberQuad* y;        // [slots][cells_y][kRowQuads]
+  NumberQuad* x;        // [slots][cells_x][kQuads]
+  uint32_t* touched_y;  // [slots][cells_y]
+  uint32_t* touched_x;  // [slots][cells_x]
 
   __device__ __forceinline__ TileWeights(const GatherPlan& plan, char* shared) {
-    range = reinterpret_cast<Cells*>(shared);
-    y = reinterpret_cast<NumberQuad*>(shared + kRangeBytes);
+    y = reinterpret_cast<NumberQuad*>(shared);
     x = reinterpret_cast<NumberQuad*>(shared + plan.x_offset);
+    touched_y = reinterpret_cast<uint32_t*>(shared + plan.touched_offset);
+    touched_x = touched_y + plan.slots * plan.cells_y;
   }
   /// Sets the sizes of a plan whose slots and cells are known.
   static void lay_out(GatherPlan* plan) {
-    constexpr auto kCellBytes = static_cast<int32_t>(kCellQuads * sizeof(NumberQuad));
-    plan->x_offset = kRangeBytes + plan->slots * plan->cells_y * kCellBytes;
-    plan->weight_bytes = plan->x_offset + plan->slots * plan->cells_x * kCellBytes;
-  }
-
-  __device__ __forceinline__ Cells rows_of_warp(int32_t slot, int32_t warp) const {
-    return range[slot * kRanges + warp];
-  }
-  __device__ __forceinline__ Cells rows_of_tile(int32_t slot) const {
-    return range[slot * kRanges + kGatherWarps];
-  }
-  __device__ __forceinline__ Cells columns_of_quad(int32_t slot, int32_t quad) const {
-    return range[slot * kRanges + kGatherWarps + 1 + quad];
-  }
-  __device__ __forceinline__ Cells columns_of_tile(int32_t slot) const {
-    return range[slot * kRanges + kGatherWarps + 1 + Tile::kQuads];
+    constexpr auto kBytes = static_cast<int32_t>(sizeof(NumberQuad));
+    plan->x_offset = plan->slots * plan->cells_y * Tile::kRowQuads * kBytes;
+    plan->touched_offset = plan->x_offset + plan->slots * plan->cells_x * Tile::kQuads * kBytes;
+    plan->weight_bytes = plan->touched_offset + plan->slots * (plan->cells_y + plan->cells_x) *
+                                                    static_cast<int32_t>(sizeof(uint32_t));
   }
 };
 
-/// Extends `cells` by the set bits of `mask`, of which there are some; bit 0 is the cell `base`.
-__device__ __forceinline__ void extend(Cells* cells, uint32_t mask, int32_t base) {
-  const int32_t lowest = __ffs(static_cast<int32_t>(mask)) - 1;
-  for (int32_t distance = 1; distance < 32; distance *= 2) mask |= mask >> distance;
-  const int32_t highest = __popc(mask) - 1;
-  if (cells->first >= cells->end) cells->first = base + lowest;
-  cells->end = base + highest + 1;
+/// Lanes from the lowest to the highest set bit.
+__device__ __forceinline__ Cells span_of(uint32_t mask) {
+  if (mask == 0) return {0, 0};
+  const auto bits = static_cast<int32_t>(mask);
+  return {__ffs(bits) - 1, 32 - __clz(bits)};
 }
 
 /// The cells of boxes that are visited, `step` of them held at a time; in shared memory.
@@ -426,17 +415,12 @@ struct Batch {
   __device__ __forceinline__ static int32_t lesser(int32_t a, int32_t b) { return a < b ? a : b; }
 };
 
-/// What a group of lanes works on: one direction of one box, as the tile sees it. In shared memory,
-/// because the sums need the registers.
+/// What a group of lanes works on where rows are not prepared: one direction of one box. In shared
+/// memory, because the sums need the registers.
 template <class Number>
 struct TileLine {
   BoxAxis<Number> line;
-  Number factor;          // of all weights
-  int32_t pixel, pixels;  // the first one that the tile owns, and how many it owns
-  int32_t cell, cells;    // the first one that is held, and how many are held
-  int32_t table, ranges;  // indices in TileWeights
-  int32_t strips;         // of pixels
-  int32_t strip_pixels;   // of each strip
+  Number factor;  // of all weights
 };
 
 /// A prepared row, by loads of 16 bytes.
@@ -461,100 +445,98 @@ __device__ __forceinline__ void build_weights(const Problem& problem, const Gath
                                               const TilePlace& place, const Batch& batch,
                                               const TileWeights<Tile>& weights) {
   using Number = typename Tile::Number;
-  constexpr int32_t kQuads = TileWeights<Tile>::kCellQuads;
+  constexpr int32_t kMostQuads = Tile::kRowQuads > Tile::kQuads ? Tile::kRowQuads : Tile::kQuads;
   GLIMPSE_SHARED(TileLine<Number>, lines, [2 * kMostSlots]);
-  const int32_t lane = threadIdx.x & 31;
-  const int32_t group = 1 << plan.group_shift;
-  const int32_t member = lane & (group - 1);
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t cell = thread & ((1 << plan.group_shift) - 1);
   // Groups of y come first, those of x follow; there are at least as many groups as directions of
-  // boxes. A warp has one direction only, so everything but the samples is uniform in it.
-  const int32_t task = static_cast<int32_t>(threadIdx.x) >> plan.group_shift;
-  const int32_t warp_task = (static_cast<int32_t>(threadIdx.x) - lane) >> plan.group_shift;
-  if (warp_task >= 2 * plan.slots) return;
-  TileLine<Number>& own = lines[task];
-  const int32_t slot = task < plan.slots ? task : task - plan.slots;
+  // boxes, and a warp has one direction only.
+  const int32_t task = thread >> plan.group_shift;
+  const bool along_y = task < plan.slots;
+  const int32_t slot = along_y ? task : task - plan.slots;
   const bool active = slot < batch.count();
-  if (member == 0) {
-    const int32_t direction = task < plan.slots ? kY : kX;
-    if (active) {
-      own.factor = 1;  // prepared rows have it
-      if (!plan.prepared) {
-        const Box<Number> box =
-            box_on_level<Number>(problem, batch.box(slot), place.image, place.level);
-        own.line = box_axis(problem, box, direction);
-        own.factor = sample_factor(own.line.axis);
-      }
-      const Level& level = problem.level[place.level];
-      own.pixel = direction == kY ? place.y : place.x;
-      const int32_t pixels = (direction == kY ? level.height : level.width) - own.pixel;
-      const int32_t owned = direction == kY ? Tile::kRows : Tile::kColumns;
-      own.pixels = pixels < owned ? pixels : owned;
+  if (!plan.prepared) {
+    if (cell == 0 && active) {
+      const Box<Number> box =
+          box_on_level<Number>(problem, batch.box(slot), place.image, place.level);
+      lines[task].line = box_axis(problem, box, along_y ? kY : kX);
+      lines[task].factor = sample_factor(lines[task].line.axis);
     }
-    own.cell = direction == kY ? batch.y : batch.x;
-    own.cells = direction == kY ? batch.rows() : batch.columns();
-    own.table = slot * (direction == kY ? plan.cells_y : plan.cells_x) * kQuads;
-    own.ranges = slot * TileWeights<Tile>::kRanges + (direction == kY ? 0 : kGatherWarps + 1);
-    own.strips = direction == kY ? kGatherWarps : Tile::kQuads;
-    own.strip_pixels = direction == kY ? Tile::kWarpRows : kQuad;
+    __syncwarp();
   }
-  __syncwarp();
-  // Lane i of a group keeps the range of strip i, and lane 0 that of the tile.
-  if (active && member < own.strips) weights.range[own.ranges + member] = {0, 0};
-  if (active && member == 0) weights.range[own.ranges + own.strips] = {0, 0};
-  for (int32_t base = 0; base < own.cells; base += group) {
-    const int32_t cell = base + member;
-    uint32_t touched = 0;  // bit i: the cell reads pixel i of the tile
-    if (active && cell < own.cells) {
-      Quad<Number>* quad = (task < plan.slots ? weights.y : weights.x) + own.table + cell * kQuads;
-      auto* weight_of = reinterpret_cast<Number*>(quad);
-      GLIMPSE_UNROLL
-      for (int32_t i = 0; i < kQuads; ++i) quad[i] = Quad<Number>{};
-      const auto add = [&](int32_t pixel, Number weight) {
-        const int32_t i = pixel - own.pixel;
-        if (static_cast<uint32_t>(i) < static_cast<uint32_t>(own.pixels)) weight_of[i] += weight;
-      };
-      if (plan.prepared) {
-        const int32_t row = own.cell + cell + (task < plan.slots ? 0 : problem.out_height);
-        const int64_t first = batch.box(slot) * (problem.out_height + problem.out_width);
-        const PreparedRow<Number> prepared =
-            load_row(Footprints::rows<Number>(problem) + first + row);
-        GLIMPSE_UNROLL
-        for (int32_t i = 0; i < PreparedRow<Number>::kTaps; ++i) {
-          add(prepared.tap[i].pixel, prepared.tap[i].weight);
-        }
-      } else {
-        for_each_tap(problem.op, own.line.axis, own.cell + cell, own.pixel,
-                     own.pixel + own.pixels - 1, own.line.size,
-                     [&](int32_t pixel, Number weight, Number slope, Number progress) {
-                       add(pixel, own.line.weighting(weight, slope, progress));
-                     });
-      }
-      GLIMPSE_UNROLL
-      for (int32_t i = 0; i < kQuads; ++i) {
-        Quad<Number> scaled = quad[i];
-        GLIMPSE_UNROLL
-        for (int32_t j = 0; j < kQuad; ++j) {
-          scaled.weight[j] *= own.factor;
-          touched |= static_cast<uint32_t>(scaled.weight[j] != 0) << (i * kQuad + j);
-        }
-        quad[i] = scaled;
-      }
-    }
-    const int32_t group_base = lane - member;
-    const uint32_t group_mask = kFullWarp >> (32 - group);
-    const uint32_t tile_cells = __ballot_sync(kFullWarp, touched != 0) >> group_base & group_mask;
-    const int32_t strip_pixels = own.strip_pixels;
-    uint32_t strip_cells = 0;
+  const int32_t cells = along_y ? batch.rows() : batch.columns();
+  if (!active || cell >= cells) return;
+
+  const Level& level = problem.level[place.level];
+  const int32_t first_pixel = along_y ? place.y : place.x;
+  const int32_t left = (along_y ? level.height : level.width) - first_pixel;
+  const int32_t owned = along_y ? Tile::kRows : Tile::kColumns;
+  const int32_t pixels = left < owned ? left : owned;
+  const int32_t quads = along_y ? Tile::kRowQuads : Tile::kQuads;
+  const int32_t index = slot * (along_y ? plan.cells_y : plan.cells_x) + cell;
+  Quad<Number>* quad = (along_y ? weights.y : weights.x) + index * quads;
+  auto* weight_of = reinterpret_cast<Number*>(quad);
+  GLIMPSE_UNROLL
+  for (int32_t i = 0; i < kMostQuads; ++i) {
+    if (i < quads) quad[i] = Quad<Number>{};
+  }
+  uint32_t touched = 0;
+  if (plan.prepared) {
+    const int32_t row = along_y ? batch.y + cell : problem.out_height + batch.x + cell;
+    const int64_t first = batch.box(slot) * (problem.out_height + problem.out_width);
+    const PreparedRow<Number> prepared = load_row(Footprints::rows<Number>(problem) + first + row);
     GLIMPSE_UNROLL
-    for (int32_t strip = 0; strip < kGatherWarps; ++strip) {
-      const uint32_t pixels = touched >> (strip * strip_pixels) & ((1u << strip_pixels) - 1);
-      const uint32_t reading = __ballot_sync(kFullWarp, pixels != 0);
-      if (member == strip) strip_cells = reading >> group_base & group_mask;
+    for (int32_t i = 0; i < PreparedRow<Number>::kTaps; ++i) {
+      const Tap<Number> tap = prepared.tap[i];
+      const int32_t pixel = tap.pixel - first_pixel;
+      if (static_cast<uint32_t>(pixel) < static_cast<uint32_t>(pixels) && tap.weight != 0) {
+        weight_of[pixel] = tap.weight;
+        touched |= 1u << pixel;
+      }
     }
-    Cells* ranges = weights.range + own.ranges;
-    if (strip_cells != 0) extend(&ranges[member], strip_cells, own.cell + base);
-    if (member == 0 && tile_cells != 0) extend(&ranges[own.strips], tile_cells, own.cell + base);
+  } else {
+    const TileLine<Number>& own = lines[task];
+    for_each_tap(problem.op, own.line.axis, (along_y ? batch.y : batch.x) + cell, first_pixel,
+                 first_pixel + pixels - 1, own.line.size,
+                 [&](int32_t tapped, Number weight, Number slope, Number progress) {
+                   const int32_t pixel = tapped - first_pixel;
+                   if (static_cast<uint32_t>(pixel) < static_cast<uint32_t>(pixels)) {
+                     weight_of[pixel] += own.line.weighting(weight, slope, progress);
+                   }
+                 });
+    GLIMPSE_UNROLL
+    for (int32_t i = 0; i < kMostQuads; ++i) {
+      if (i >= quads) continue;
+      Quad<Number> scaled = quad[i];
+      GLIMPSE_UNROLL
+      for (int32_t j = 0; j < kQuad; ++j) {
+        scaled.weight[j] *= own.factor;
+        touched |= static_cast<uint32_t>(scaled.weight[j] != 0) << (i * kQuad + j);
+      }
+      quad[i] = scaled;
+    }
   }
+  (along_y ? weights.touched_y : weights.touched_x)[index] = touched;
+}
+
+/// What this warp has to do for one box: the cells that its row of pixels and the tile's columns
+/// read, numbered from the first one that is held. All lanes call it.
+struct WarpCells {
+  uint32_t rows;  // a bit for each
+  Cells columns;  // some may touch nothing
+};
+
+template <class Tile>
+__device__ __forceinline__ WarpCells cells_of_warp(const GatherPlan& plan,
+                                                   const TileWeights<Tile>& weights,
+                                                   const Batch& batch, int32_t slot) {
+  const auto lane = static_cast<int32_t>(threadIdx.x & 31),
+             warp = static_cast<int32_t>(threadIdx.x >> 5);
+  uint32_t touched_y = 0, touched_x = 0;
+  if (lane < batch.rows()) touched_y = weights.touched_y[slot * plan.cells_y + lane];
+  if (lane < batch.columns()) touched_x = weights.touched_x[slot * plan.cells_x + lane];
+  return {__ballot_sync(kFullWarp, (touched_y >> warp & 1) != 0),
+          span_of(__ballot_sync(kFullWarp, touched_x != 0))};
 }
 
 // ---------------------------------------------------------------------------------- the sums
@@ -563,56 +545,47 @@ __device__ __forceinline__ void build_weights(const Problem& problem, const Gath
 template <class Tile>
 struct TileSums {
   using Number = typename Tile::Number;
-  Number value[Tile::kWarpRows][Tile::kColumns][Tile::kVector];
+  Number value[Tile::kColumns][Tile::kVector];
 
   __device__ __forceinline__ void clear() {
     GLIMPSE_UNROLL
-    for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
+    for (int32_t j = 0; j < Tile::kColumns; ++j) {
       GLIMPSE_UNROLL
-      for (int32_t j = 0; j < Tile::kColumns; ++j) {
-        GLIMPSE_UNROLL
-        for (int32_t v = 0; v < Tile::kVector; ++v) value[i][j][v] = 0;
-      }
+      for (int32_t v = 0; v < Tile::kVector; ++v) value[j][v] = 0;
     }
   }
 
-  /// Adds one cell: its pooled gradient times its weights. `quad` are its weights along x, `reads`
-  /// the cells of each quad. Pixels that the cell does not read stay as they are even where the
-  /// gradient is infinite or NaN.
-  __device__ __forceinline__ void add(const Number (&grad)[Tile::kVector],
-                                      const Number (&weight_y)[Tile::kWarpRows],
-                                      const Quad<Number>* quad, int32_t cell,
-                                      const Cells (&reads)[Tile::kQuads]) {
-    Number product[Tile::kWarpRows][Tile::kVector];
-    GLIMPSE_UNROLL
-    for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
-      GLIMPSE_UNROLL
-      for (int32_t v = 0; v < Tile::kVector; ++v) {
-        product[i][v] = weight_y[i] * grad[v];
-        // A warp of one row skips the cells that its row does not read.
-        if (Tile::kWarpRows > 1 && weight_y[i] == 0) product[i][v] = 0;
-      }
-    }
+  /// Adds a column of cells: `sum` of its rows times its weights along x. Pixels that the column
+  /// does not touch stay as they are even where the gradient is infinite or NaN.
+  __device__ __forceinline__ void add(const Number (&sum)[Tile::kVector], const Quad<Number>* quad,
+                                      uint32_t touched) {
     GLIMPSE_UNROLL
     for (int32_t q = 0; q < Tile::kQuads; ++q) {
-      if (Tile::kQuads == 1 || (cell >= reads[q].first && cell < reads[q].end)) {
-        const Quad<Number> weights = quad[q];
-        GLIMPSE_UNROLL
-        for (int32_t j = 0; j < kQuad; ++j) {
-          if (weights.weight[j] != 0) {
-            GLIMPSE_UNROLL
-            for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
-              GLIMPSE_UNROLL
-              for (int32_t v = 0; v < Tile::kVector; ++v) {
-                value[i][q * kQuad + j][v] += weights.weight[j] * product[i][v];
-              }
-            }
+      if ((touched >> (q * kQuad) & 15) == 0) continue;
+      const Quad<Number> weights = quad[q];
+      GLIMPSE_UNROLL
+      for (int32_t j = 0; j < kQuad; ++j) {
+        if (weights.weight[j] != 0) {
+          GLIMPSE_UNROLL
+          for (int32_t v = 0; v < Tile::kVector; ++v) {
+            value[q * kQuad + j][v] += weights.weight[j] * sum[v];
           }
         }
       }
     }
   }
 };
+
+/// Calls add(rows, span) for each band of the rows that are set in `rows`. One or two rows with
+/// nothing between them are the usual case.
+template <class Add>
+__device__ __forceinline__ void for_each_band(uint32_t rows, const Add& add) {
+  constexpr uint32_t kBandRows = (1u << kBand) - 1;
+  GLIMPSE_NO_UNROLL
+  for (uint32_t band = kBandRows; band != 0; band <<= kBand) {
+    if ((rows & band) != 0) add(span_of(rows & band));
+  }
+}
 
 /// Shared memory of a gather kernel beside its weights and its stage.
 template <class Number>
@@ -629,8 +602,8 @@ __device__ __forceinline__ Cells cells_reaching(const Operator& op, const BoxAxi
                                  line.size);
 }
 
-/// The visit of box k where not all of its cells are held: those that reach the tile, some rows at
-/// a time, or, if not even the cells of one row are held, parts of one row at a time.
+/// The visit of box k where not all of its cells are held: those that reach the tile, whole bands
+/// of rows at a time, and some columns of them at a time.
 template <class Tile>
 __device__ __forceinline__ Visit visit_of_box(const Problem& problem, const GatherPlan& plan,
                                               const TilePlace& place, int64_t k) {
@@ -644,8 +617,9 @@ __device__ __forceinline__ Visit visit_of_box(const Problem& problem, const Gath
   Visit visit;
   visit.rows = cells_in(kY, place.y, Tile::kRows);
   visit.columns = cells_in(kX, place.x, Tile::kColumns);
+  visit.rows.first -= visit.rows.first % kBand;
+  visit.step_y = plan.cells_y;
   visit.step_x = plan.cells_x;
-  visit.step_y = visit.columns.end - visit.columns.first <= plan.cells_x ? plan.cells_y : 1;
   return visit;
 }
 
@@ -687,51 +661,99 @@ __device__ __forceinline__ void for_each_batch(const Problem& problem, const Gat
 
 // ------------------------------------------------------------------------------ channels innermost
 
-/// Adds a batch to the row of pixels of this warp. Of every cell that the row reads, a lane loads
-/// the pooled gradient of its channels in one piece, one cell ahead of the sums.
+/// Adds the cells of `columns` in kReads rows of cells, or in any number if kReads is 0. `grad` is
+/// the first of them, `weight_y` and the pointers along x belong to it. Of every cell, a lane loads
+/// the pooled gradient of its channels in one piece, one column ahead of the sums.
+template <class T, class Tile, int32_t kReads>
+__device__ __forceinline__ void add_columns_nhwc(const T* grad, int64_t column_stride,
+                                                 int64_t row_stride, bool active, int32_t rows,
+                                                 int32_t columns,
+                                                 const typename Tile::Number* weight_y,
+                                                 const Quad<typename Tile::Number>* weight_x,
+                                                 const uint32_t* touched_x, TileSums<Tile>& sums) {
+  using Number = typename Tile::Number;
+  using GradPack = Pack<T, Tile::kVector>;
+  constexpr int32_t kRows = kReads > 0 ? kReads : 1;
+  // With 8 channels in each lane the second row has no registers to be ahead.
+  constexpr int32_t kAhead = Tile::kVector == 8 ? 1 : kRows;
+  Number row_weight[kRows];
+  GradPack next[kRows];
+  GLIMPSE_UNROLL
+  for (int32_t i = 0; i < kRows; ++i) {
+    row_weight[i] = weight_y[i * Tile::kRows];
+    next[i] = active && i < kAhead ? GradPack::load(grad + i * row_stride) : GradPack::zero();
+  }
+  GLIMPSE_NO_UNROLL
+  for (int32_t x = 0; x < columns; ++x) {
+    Number sum[Tile::kVector] = {};
+    GLIMPSE_UNROLL
+    for (int32_t i = 0; i < kRows; ++i) {
+      if (i >= kAhead && active) next[i] = GradPack::load(grad + i * row_stride);
+      const GradPack current = next[i];
+      if (i < kAhead && active && x + 1 < columns) {
+        next[i] = GradPack::load(grad + column_stride + i * row_stride);
+      }
+      Number value[Tile::kVector];
+      current.unpack(value);
+      GLIMPSE_UNROLL
+      for (int32_t v = 0; v < Tile::kVector; ++v) sum[v] += row_weight[i] * value[v];
+    }
+    if constexpr (kReads == 0) {
+      const T* below = grad;
+      GLIMPSE_NO_UNROLL
+      for (int32_t i = 1; i < rows; ++i) {
+        below += row_stride;
+        const Number weight = weight_y[i * Tile::kRows];
+        if (weight == 0 || !active) continue;
+        Number value[Tile::kVector];
+        GradPack::load(below).unpack(value);
+        GLIMPSE_UNROLL
+        for (int32_t v = 0; v < Tile::kVector; ++v) sum[v] += weight * value[v];
+      }
+    }
+    sums.add(sum, weight_x, touched_x[x]);
+    weight_x += Tile::kQuads;
+    grad += column_stride;
+  }
+}
+
+/// Adds a batch to the row of pixels of this warp.
 template <class T, class Tile>
 __device__ __forceinline__ void add_batch_nhwc(const Problem& problem, const GatherPlan& plan,
                                                const TilePlace& place,
                                                const TileWeights<Tile>& weights, const Batch& batch,
                                                TileSums<Tile>& sums) {
   using Number = typename Tile::Number;
-  using GradPack = Pack<T, Tile::kVector>;
-  constexpr int32_t kCellQuads = TileWeights<Tile>::kCellQuads;
   const int32_t warp = threadIdx.x >> 5;
   const int64_t channel = channel_of_thread<Tile>(place);
   const bool active = channel < problem.channels;
+  const int64_t row_stride = problem.channels * problem.out_width;
   for (int32_t slot = 0; slot < batch.count(); ++slot) {
-    const Cells rows = weights.rows_of_warp(slot, warp);
-    const Cells columns = weights.columns_of_tile(slot);
-    if (rows.first >= rows.end || columns.first >= columns.end) continue;
-    Cells reads[Tile::kQuads];
-    GLIMPSE_UNROLL
-    for (int32_t q = 0; q < Tile::kQuads; ++q) reads[q] = weights.columns_of_quad(slot, q);
-
-    const int64_t cell =
-        (batch.box(slot) * problem.out_height + rows.first) * problem.out_width + columns.first;
-    const T* grad_row = static_cast<const T*>(problem.pooled) + cell * problem.channels + channel;
-    const Quad<Number>* weight_y =
-        weights.y + (slot * plan.cells_y + rows.first - batch.y) * kCellQuads;
-    for (int32_t cell_y = rows.first; cell_y < rows.end; ++cell_y) {
-      const Number row_weight[1] = {reinterpret_cast<const Number*>(weight_y)[warp]};
-      weight_y += kCellQuads;
-      const T* grad = grad_row;
-      grad_row += problem.channels * problem.out_width;
-      if (row_weight[0] == 0) continue;
-      const Quad<Number>* weight_x =
-          weights.x + (slot * plan.cells_x + columns.first - batch.x) * kCellQuads;
-      GradPack next = active ? GradPack::load(grad) : GradPack::zero();
-      for (int32_t cell_x = columns.first; cell_x < columns.end; ++cell_x) {
-        const GradPack current = next;
-        grad += problem.channels;
-        if (active && cell_x + 1 < columns.end) next = GradPack::load(grad);
-        Number value[Tile::kVector];
-        current.unpack(value);
-        sums.add(value, row_weight, weight_x, cell_x, reads);
-        weight_x += kCellQuads;
+    const WarpCells own = cells_of_warp(plan, weights, batch, slot);
+    if (own.rows == 0 || own.columns.end == 0) continue;
+    for_each_band(own.rows, [&](Cells rows) {
+      const int64_t cell =
+          (batch.box(slot) * problem.out_height + batch.y + rows.first) * problem.out_width +
+          batch.x + own.columns.first;
+      const T* grad = static_cast<const T*>(problem.pooled) + cell * problem.channels + channel;
+      const auto* weight_y = reinterpret_cast<const Number*>(weights.y) +
+                             (slot * plan.cells_y + rows.first) * Tile::kRows + warp;
+      const int32_t column = slot * plan.cells_x + own.columns.first;
+      const Quad<Number>* weight_x = weights.x + column * Tile::kQuads;
+      const uint32_t* touched_x = weights.touched_x + column;
+      const int32_t read = rows.end - rows.first;
+      const int32_t columns = own.columns.end - own.columns.first;
+      if (read == 1) {
+        add_columns_nhwc<T, Tile, 1>(grad, problem.channels, row_stride, active, read, columns,
+                                     weight_y, weight_x, touched_x, sums);
+      } else if (read == 2) {
+        add_columns_nhwc<T, Tile, 2>(grad, problem.channels, row_stride, active, read, columns,
+                                     weight_y, weight_x, touched_x, sums);
+      } else {
+        add_columns_nhwc<T, Tile, 0>(grad, problem.channels, row_stride, active, read, columns,
+                                     weight_y, weight_x, touched_x, sums);
       }
-    }
+    });
   }
 }
 
@@ -741,7 +763,6 @@ template <class T, class Tile>
 __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
     gather_nhwc_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                        GLIMPSE_GRID_CONSTANT GatherPlan plan) {
-  static_assert(Tile::kWarpRows == 1, "the loop over cell rows is that of one row of pixels");
   GLIMPSE_DYNAMIC_SHARED(shared);
   GLIMPSE_SHARED(TilePlace, place, );
   if (threadIdx.x == 0) place = place_of_block<Tile>(problem, plan);
@@ -758,202 +779,303 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
   if (channel >= problem.channels || y >= level.height) return;
   T* row = static_cast<T*>(level.data) + place.image * level.stride_n + y * level.stride_h +
            channel * level.stride_c;
+  row += place.x * level.stride_w;
+  const int32_t left = level.width - place.x;
   GLIMPSE_UNROLL
   for (int32_t j = 0; j < Tile::kColumns; ++j) {
-    const int32_t x = place.x + j;
-    if (x < level.width) {
-      Pack<T, Tile::kVector>::from(sums.value[0][j]).store(row + x * level.stride_w);
-    }
+    if (j < left) Pack<T, Tile::kVector>::from(sums.value[j]).store(row);
+    row += level.stride_w;
   }
 }
 
 // --------------------------------------------------------------------------------- rows innermost
 
-/// Shared memory of gather_nchw_kernel: a run of cells of 32 channels. The distance of channels is
-/// odd, so that 32 lanes reading one cell of 32 channels use 32 banks.
-template <class Tile>
+/// Shared memory of gather_nchw_kernel: the cells of some boxes, of all channels of the block. The
+/// distance of channels is an odd number of words, so that 32 lanes reading one cell of 32 channels
+/// use 32 banks.
+template <class T, class Tile>
 struct Stage {
-  using Number = typename Tile::Number;
-  static constexpr int32_t kCells = sizeof(Number) == 8 ? 96 : 196;  // 196 = 14 * 14
-  static constexpr int32_t kStride = kCells + 1;
-  static constexpr size_t kBytes = (32 * kStride * sizeof(Number) + 15) / 16 * 16;
+  static constexpr auto kSize = static_cast<int32_t>(sizeof(T));
+  static constexpr int32_t kCells = 25088 / (Tile::kChannels * kSize);  // of a channel
+  static constexpr int32_t kStride = kCells + (kSize == 2 ? 2 : 1);
+  static constexpr size_t kBytes = (Tile::kChannels * kStride * kSize + 15) / 16 * 16;
 
   // At the end, what follows from `shared` turns the sums of a warp from lane = channel to
   // lane = pixel.
-  static constexpr int32_t kPixels = Tile::kWarpRows * Tile::kColumns;
-  static constexpr int32_t kPixelStride = kPixels + 1;
-  static constexpr size_t kTurnBytes = kGatherWarps * 32 * kPixelStride * sizeof(Number);
+  static constexpr int32_t kTurned = 32 * Tile::kColumns;  // of a warp
+  static constexpr size_t kTurnBytes = kGatherWarps * kTurned * sizeof(typename Tile::Number);
 };
 
-/// Where a run starts. Cells are staged in their order in memory, y * out_width + x, and a run may
-/// hold the end of one box and the begin of the next.
-struct RunStart {
-  int32_t slot;
-  int32_t cell;  // cells before it are done
-};
-
-/// A part of a run: neighbouring cells of one box.
+/// Which cells of a box are staged: `cells` neighbours in each channel of the stage, rows of
+/// `width` cells from the held row `row`.
 struct Piece {
-  int32_t slot;
-  int32_t first, cells;
-  int32_t position;  // of the first cell in the run
+  int32_t row, cells, width;
 };
 
-/// Calls visit(piece) for the run at `start` and returns where the next one starts. Uniform over
-/// the block.
-template <class Tile, class Visit>
-__device__ __forceinline__ RunStart for_each_piece(const TileWeights<Tile>& weights,
-                                                   int32_t out_width, int32_t count, RunStart start,
-                                                   const Visit& visit) {
-  int32_t used = 0;
-  while (start.slot < count && used < Stage<Tile>::kCells) {
-    const Cells rows = weights.rows_of_tile(start.slot);
-    const Cells columns = weights.columns_of_tile(start.slot);
-    const bool any = rows.first < rows.end && columns.first < columns.end;
-    const int32_t first = any ? rows.first * out_width + columns.first : 0;
-    const int32_t end = any ? (rows.end - 1) * out_width + columns.end : 0;
-    const int32_t begin = start.cell > first ? start.cell : first;
-    const int32_t room = Stage<Tile>::kCells - used;
-    const int32_t cells = end - begin < room ? end - begin : room;
-    if (cells > 0) visit(Piece{start.slot, begin, cells, used});
-    used += cells;
-    start.cell = begin + cells;
-    if (start.cell >= end) start = {start.slot + 1, 0};
-  }
-  return start;
+template <class Tile>
+__device__ __forceinline__ Piece piece_of_box(const Problem& problem, const GatherPlan& plan,
+                                              const TileWeights<Tile>& weights, const Batch& batch,
+                                              int32_t slot) {
+  if (plan.flat) return {0, problem.out_height * problem.out_width, problem.out_width};
+  const auto lane = static_cast<int32_t>(threadIdx.x & 31);
+  uint32_t touched = 0;
+  if (lane < batch.rows()) touched = weights.touched_y[slot * plan.cells_y + lane];
+  const Cells rows = span_of(__ballot_sync(kFullWarp, touched != 0));
+  const int32_t width = batch.columns();
+  return {rows.first, (rows.end - rows.first) * width, width};
 }
 
-/// Starts to copy the cells of a piece, of channels first_channel .. first_channel + 31. One warp:
-/// every eighth channel; lanes are cells. Complete after copy_async_wait_all and a barrier.
+/// Starts to copy the channels of a box that are stored one behind the other, all of their cells,
+/// by the whole block.
 template <class T, class Tile>
-__device__ __forceinline__ void stage_piece(const Problem& problem, int64_t box,
-                                            int64_t first_channel, const Piece& piece,
-                                            typename Tile::Number* stage) {
+__device__ __forceinline__ void stage_flat(const Problem& problem, int64_t box,
+                                           int64_t first_channel, T* stage) {
+  constexpr int32_t kPack = 16 / static_cast<int32_t>(sizeof(T));
+  const int32_t plane = problem.out_height * problem.out_width;
+  const int64_t left = problem.channels - first_channel;
+  const int32_t channels = left < Tile::kChannels ? static_cast<int32_t>(left) : Tile::kChannels;
+  const T* source =
+      static_cast<const T*>(problem.pooled) + (box * problem.channels + first_channel) * plane;
+  for (int32_t i = static_cast<int32_t>(threadIdx.x) * kPack; i < channels * plane;
+       i += kGatherThreads * kPack) {
+    copy_async16(stage + i, source + i);
+  }
+}
+
+/// Starts to copy the cells of a piece, of all channels of the block. One warp: every eighth
+/// channel; lanes are cells.
+template <class T, class Tile>
+__device__ __forceinline__ void stage_piece(const Problem& problem, const Batch& batch,
+                                            int32_t slot, int64_t first_channel, const Piece& piece,
+                                            T* stage) {
   const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t plane = int64_t{problem.out_height} * problem.out_width;
-  for (int32_t i = warp; i < 32; i += kGatherWarps) {
-    const int64_t channel = first_channel + i;
-    if (channel >= problem.channels) break;
-    const T* source = static_cast<const T*>(problem.pooled) +
-                      (box * problem.channels + channel) * plane + piece.first;
-    typename Tile::Number* target = stage + i * Stage<Tile>::kStride + piece.position;
-    for (int32_t cell = lane; cell < piece.cells; cell += 32) {
+  const int64_t left = problem.channels - first_channel;
+  const int32_t channels = left < Tile::kChannels ? static_cast<int32_t>(left) : Tile::kChannels;
+  const T* first = static_cast<const T*>(problem.pooled) +
+                   (batch.box(slot) * problem.channels + first_channel + warp) * plane +
+                   int64_t{batch.y + piece.row} * problem.out_width + batch.x;
+  for (int32_t cell = lane; cell < piece.cells; cell += 32) {
+    const int32_t skipped = problem.out_width - piece.width;  // from row to row
+    const T* source = first + cell + (skipped > 0 ? cell / piece.width * skipped : 0);
+    T* target = stage + warp * Stage<T, Tile>::kStride + cell;
+    for (int32_t i = warp; i < channels; i += kGatherWarps) {
       if constexpr (sizeof(T) == 4) {
-        copy_async4(target + cell, source + cell);
+        copy_async4(target, source);
       } else {
-        target[cell] = load_value(source[cell]);
+        *target = *source;
+      }
+      source += kGatherWarps * plane;
+      target += kGatherWarps * Stage<T, Tile>::kStride;
+    }
+  }
+}
+
+/// As add_columns_nhwc, of cells that are staged.
+template <class T, class Tile, int32_t kReads>
+__device__ __forceinline__ void add_columns_nchw(const T* cell, int32_t channel_stride,
+                                                 int32_t width, int32_t rows, int32_t columns,
+                                                 const typename Tile::Number* weight_y,
+                                                 const Quad<typename Tile::Number>* weight_x,
+                                                 const uint32_t* touched_x, TileSums<Tile>& sums) {
+  using Number = typename Tile::Number;
+  constexpr int32_t kKept = kReads > 0 ? kReads : 1;
+  Number row_weight[kKept];
+  const T* row[kKept][Tile::kVector];
+  GLIMPSE_UNROLL
+  for (int32_t i = 0; i < kKept; ++i) {
+    row_weight[i] = weight_y[i * Tile::kRows];
+    GLIMPSE_UNROLL
+    for (int32_t v = 0; v < Tile::kVector; ++v) row[i][v] = cell + i * width + v * channel_stride;
+  }
+  GLIMPSE_NO_UNROLL
+  for (int32_t x = 0; x < columns; ++x) {
+    Number sum[Tile::kVector] = {};
+    GLIMPSE_UNROLL
+    for (int32_t i = 0; i < kKept; ++i) {
+      GLIMPSE_UNROLL
+      for (int32_t v = 0; v < Tile::kVector; ++v) {
+        sum[v] += row_weight[i] * load_value(row[i][v][x]);
       }
     }
+    if constexpr (kReads == 0) {
+      const T* below = cell + x;
+      GLIMPSE_NO_UNROLL
+      for (int32_t i = 1; i < rows; ++i) {
+        below += width;
+        const Number weight = weight_y[i * Tile::kRows];
+        if (weight == 0) continue;
+        GLIMPSE_UNROLL
+        for (int32_t v = 0; v < Tile::kVector; ++v) {
+          sum[v] += weight * load_value(below[v * channel_stride]);
+        }
+      }
+    }
+    sums.add(sum, weight_x, touched_x[x]);
+    weight_x += Tile::kQuads;
   }
 }
 
-/// Adds a piece to the rows of pixels of this warp.
-template <class Tile>
-__device__ __forceinline__ void add_piece(const Problem& problem, const GatherPlan& plan,
-                                          const TileWeights<Tile>& weights, const Batch& batch,
-                                          const Piece& piece, const typename Tile::Number* stage,
+/// Adds a box whose piece is at `stage` to the row of pixels of this warp. Channels are
+/// `channel_distance` apart.
+template <class T, class Tile>
+__device__ __forceinline__ void add_piece(const GatherPlan& plan, const TileWeights<Tile>& weights,
+                                          const Batch& batch, int32_t slot, const Piece& piece,
+                                          const T* stage, int32_t channel_distance,
                                           TileSums<Tile>& sums) {
   using Number = typename Tile::Number;
-  constexpr int32_t kCellQuads = TileWeights<Tile>::kCellQuads;
   const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const Cells rows = weights.rows_of_warp(piece.slot, warp);
-  const Cells columns = weights.columns_of_tile(piece.slot);
-  Cells reads[Tile::kQuads];
+  const WarpCells own = cells_of_warp(plan, weights, batch, slot);
+  if (own.rows == 0 || own.columns.end == 0) return;
+  for_each_band(own.rows, [&](Cells rows) {
+    const T* cell = stage + lane * channel_distance + (rows.first - piece.row) * piece.width +
+                    own.columns.first;
+    const auto* weight_y = reinterpret_cast<const Number*>(weights.y) +
+                           (slot * plan.cells_y + rows.first) * Tile::kRows + warp;
+    const int32_t column = slot * plan.cells_x + own.columns.first;
+    const Quad<Number>* weight_x = weights.x + column * Tile::kQuads;
+    const uint32_t* touched_x = weights.touched_x + column;
+    const int32_t read = rows.end - rows.first;
+    const int32_t columns = own.columns.end - own.columns.first;
+    if (read == 1) {
+      add_columns_nchw<T, Tile, 1>(cell, 32 * channel_distance, piece.width, read, columns,
+                                   weight_y, weight_x, touched_x, sums);
+    } else if (read == 2) {
+      add_columns_nchw<T, Tile, 2>(cell, 32 * channel_distance, piece.width, read, columns,
+                                   weight_y, weight_x, touched_x, sums);
+    } else {
+      add_columns_nchw<T, Tile, 0>(cell, 32 * channel_distance, piece.width, read, columns,
+                                   weight_y, weight_x, touched_x, sums);
+    }
+  });
+}
+
+/// Stores the row of pixels of this warp, 32 channels at a time. The sums pass through `turn`, so
+/// that neighbouring lanes store neighbouring pixels, four of them at once where these are aligned.
+template <class T, class Tile>
+__device__ __forceinline__ void store_nchw(const Problem& problem, const TilePlace& place,
+                                           typename Tile::Number* turn, TileSums<Tile>& sums) {
+  using Number = typename Tile::Number;
+  constexpr int32_t kQuads = Tile::kQuads;
+  const int32_t lane = threadIdx.x & 31;
+  const Level& level = problem.level[place.level];
+  const int32_t y = place.y + static_cast<int32_t>(threadIdx.x >> 5);
+  const bool row_exists = y < level.height;
+  const int32_t width = level.width - place.x;
+  auto* quads = reinterpret_cast<Quad<Number>*>(turn);
+  // Quads change their places with the channel, so that all lanes of an access use other banks.
+  const auto place_of = [](int32_t channel, int32_t quad) {
+    return channel * kQuads + (quad ^ (channel * kQuads / 8 & (kQuads - 1)));
+  };
+  const bool vectors = sizeof(Number) == 4 && level.stride_w == 1 && level.width % kQuad == 0 &&
+                       level.stride_h % kQuad == 0 && level.stride_c % kQuad == 0 &&
+                       level.stride_n % kQuad == 0 &&
+                       reinterpret_cast<uintptr_t>(level.data) % (kQuad * sizeof(T)) == 0;
+  T* const tile = static_cast<T*>(level.data) + place.image * level.stride_n + y * level.stride_h +
+                  place.x * level.stride_w;
   GLIMPSE_UNROLL
-  for (int32_t q = 0; q < Tile::kQuads; ++q) reads[q] = weights.columns_of_quad(piece.slot, q);
-  const Number* channel = stage + lane * Stage<Tile>::kStride + piece.position;
-  for (int32_t cell_y = rows.first; cell_y < rows.end; ++cell_y) {
-    // Columns of this row of cells that are in the piece.
-    const int32_t piece_x = piece.first - cell_y * problem.out_width;
-    const int32_t begin = columns.first > piece_x ? columns.first : piece_x;
-    const int32_t end = columns.end < piece_x + piece.cells ? columns.end : piece_x + piece.cells;
-    if (begin >= end) continue;
-    const auto* weight_y = reinterpret_cast<const Number*>(
-        weights.y + (piece.slot * plan.cells_y + cell_y - batch.y) * kCellQuads);
-    Number row_weight[Tile::kWarpRows];
+  for (int32_t v = 0; v < Tile::kVector; ++v) {
     GLIMPSE_UNROLL
-    for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
-      row_weight[i] = weight_y[warp * Tile::kWarpRows + i];
+    for (int32_t q = 0; q < kQuads; ++q) {
+      Quad<Number> quad;
+      GLIMPSE_UNROLL
+      for (int32_t j = 0; j < kQuad; ++j) quad.weight[j] = sums.value[q * kQuad + j][v];
+      quads[place_of(lane, q)] = quad;
     }
-    const Quad<Number>* weight_x =
-        weights.x + (piece.slot * plan.cells_x + begin - batch.x) * kCellQuads;
-    for (int32_t cell_x = begin; cell_x < end; ++cell_x) {
-      const Number value[1] = {channel[cell_x - piece_x]};
-      sums.add(value, row_weight, weight_x, cell_x, reads);
-      weight_x += kCellQuads;
+    __syncwarp();
+    const int64_t first_channel = (int64_t{place.slice} * Tile::kVector + v) * 32;
+    const int64_t left = problem.channels - first_channel;
+    const int32_t channels = !row_exists ? 0 : left < 32 ? static_cast<int32_t>(left) : 32;
+    if (vectors) {
+      constexpr int32_t kStep = 32 / kQuads;  // channels that are stored at once
+      const int32_t q = lane % kQuads;
+      T* target = tile + (first_channel + lane / kQuads) * level.stride_c + q * kQuad;
+      GLIMPSE_UNROLL
+      for (int32_t base = 0; base < 32; base += kStep) {
+        const int32_t channel = base + lane / kQuads;
+        if (channel < channels && q * kQuad < width) {
+          // Not by a Pack::store: the compiler would take it apart.
+          const Quad<Number>* quad = quads + place_of(channel, q);
+          if constexpr (sizeof(T) == 4) {
+            *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(quad);
+          } else if constexpr (sizeof(T) == 2) {
+            uint64_t word;
+            const auto pack = Pack<T, kQuad>::from(quad->weight);
+            memcpy(&word, &pack, sizeof(word));
+            *reinterpret_cast<uint64_t*>(target) = word;
+          }
+        }
+        target += kStep * level.stride_c;
+      }
+    } else {
+      constexpr int32_t kStep = 32 / Tile::kColumns;
+      const int32_t x = lane % Tile::kColumns;
+      T* target =
+          tile + (first_channel + lane / Tile::kColumns) * level.stride_c + x * level.stride_w;
+      for (int32_t channel = lane / Tile::kColumns; channel < channels; channel += kStep) {
+        if (x < width) {
+          *target = Store<T>::from(quads[place_of(channel, x / kQuad)].weight[x % kQuad]);
+        }
+        target += kStep * level.stride_c;
+      }
     }
+    __syncwarp();
   }
 }
 
-/// Block: a tile by 32 channels. Warp: kWarpRows rows of pixels. Lane: one channel of kWarpRows *
-/// kColumns pixels, summed in registers, so that all weights are the same for the whole warp.
-/// Pooled gradients pass through shared memory, from lanes that are cells to lanes that are
-/// channels; results go back the same way, so that neighbouring lanes store neighbouring pixels.
-template <class Tile>
+/// Block: a tile by kChannels channels. Warp: a row of pixels. Lane: kVector channels of kColumns
+/// pixels, summed in registers, so that all weights are the same for the whole warp. Pooled
+/// gradients pass through shared memory, from lanes that are cells to lanes that are channels;
+/// results go back the same way.
+template <class T, class Tile>
 __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
     gather_nchw_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                        GLIMPSE_GRID_CONSTANT GatherPlan plan) {
-  using Number = typename Tile::Number;
-  static_assert(Tile::kVector == 1, "a lane is a channel");
   GLIMPSE_DYNAMIC_SHARED(shared);
   GLIMPSE_SHARED(TilePlace, place, );
   if (threadIdx.x == 0) place = place_of_block<Tile>(problem, plan);
-  auto* stage = reinterpret_cast<Number*>(shared);
-  const TileWeights<Tile> weights(plan, shared + Stage<Tile>::kBytes);
+  auto* stage = reinterpret_cast<T*>(shared);
+  const TileWeights<Tile> weights(plan, shared + Stage<T, Tile>::kBytes);
   TileSums<Tile> sums;
   sums.clear();
   for_each_batch(problem, plan, place, weights, [&](const Batch& batch) {
-    RunStart start = {0, 0};
-    while (start.slot < batch.count()) {
-      for_each_piece(weights, problem.out_width, batch.count(), start, [&](const Piece& piece) {
-        const int64_t first_channel = int64_t{place.slice} * 32;
-        const int64_t box = batch.box(piece.slot);
-        if constexpr (sizeof(Number) == sizeof(double)) {
-          stage_piece<double, Tile>(problem, box, first_channel, piece, stage);
-        } else if (problem.dtype == Dtype::kFloat32) {
-          stage_piece<float, Tile>(problem, box, first_channel, piece, stage);
-        } else if (problem.dtype == Dtype::kFloat16) {
-          stage_piece<half, Tile>(problem, box, first_channel, piece, stage);
+    const int64_t first_channel = int64_t{place.slice} * Tile::kChannels;
+    const int32_t channel_distance =
+        plan.flat ? problem.out_height * problem.out_width : Stage<T, Tile>::kStride;
+    // Of a piece in the stage; flat ones have all channels of one box before those of the next.
+    const int32_t cell_distance = plan.flat ? Tile::kChannels : 1;
+    for (int32_t begin = 0; begin < batch.count();) {
+      int32_t used = 0, end = begin;
+      for (; end < batch.count(); ++end) {
+        const Piece piece = piece_of_box(problem, plan, weights, batch, end);
+        if (used + piece.cells > Stage<T, Tile>::kCells) break;
+        T* target = stage + used * cell_distance;
+        if (plan.flat) {
+          stage_flat<T, Tile>(problem, batch.box(end), first_channel, target);
         } else {
-          stage_piece<bfloat16, Tile>(problem, box, first_channel, piece, stage);
+          stage_piece<T, Tile>(problem, batch, end, first_channel, piece, target);
         }
-      });
+        used += piece.cells;
+      }
       copy_async_wait_all();
       __syncthreads();
-      start =
-          for_each_piece(weights, problem.out_width, batch.count(), start, [&](const Piece& piece) {
-            add_piece(problem, plan, weights, batch, piece, stage, sums);
-          });
+      used = 0;
+      for (; begin < end; ++begin) {
+        const Piece piece = piece_of_box(problem, plan, weights, batch, begin);
+        add_piece<T>(plan, weights, batch, begin, piece, stage + used * cell_distance,
+                     channel_distance, sums);
+        used += piece.cells;
+      }
       __syncthreads();  // before the next run takes the place of this one
     }
   });
-
-  const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  Number* turn = stage + warp * 32 * Stage<Tile>::kPixelStride;
-  GLIMPSE_UNROLL
-  for (int32_t i = 0; i < Tile::kWarpRows; ++i) {
-    GLIMPSE_UNROLL
-    for (int32_t j = 0; j < Tile::kColumns; ++j) {
-      turn[lane * Stage<Tile>::kPixelStride + i * Tile::kColumns + j] = sums.value[i][j][0];
-    }
-  }
-  __syncwarp();
-  const Level& level = problem.level[place.level];
-  for (int32_t i = lane; i < 32 * Stage<Tile>::kPixels; i += 32) {
-    const int32_t own_channel = i / Stage<Tile>::kPixels, pixel = i % Stage<Tile>::kPixels;
-    const int64_t channel = int64_t{place.slice} * 32 + own_channel;
-    const int32_t y = place.y + warp * Tile::kWarpRows + pixel / Tile::kColumns;
-    const int32_t x = place.x + pixel % Tile::kColumns;
-    if (channel < problem.channels && y < level.height && x < level.width) {
-      store_element(problem.dtype, level.data,
-                    place.image * level.stride_n + channel * level.stride_c + y * level.stride_h +
-                        x * level.stride_w,
-                    turn[own_channel * Stage<Tile>::kPixelStride + pixel]);
-    }
-  }
+  store_nchw<T>(problem, place,
+                reinterpret_cast<typename Tile::Number*>(shared) +
+                    (threadIdx.x >> 5) * Stage<T, Tile>::kTurned,
+                sums);
 }
 
-// ------------------------------------------------------------------------------------ simple
+// ------------------------------------------------------------------------------- few channels
 
 /// The merged weight of one pixel in a cell.
 template <class Number>
@@ -966,6 +1088,156 @@ __device__ __forceinline__ Number pixel_weight(const Operator& op, const BoxAxis
                });
   return sum * sample_factor(line.axis);
 }
+
+/// A weight that is not kept in a table: rare, where a box has far more cells than pixels.
+template <class Number>
+__device__ __forceinline__ Number far_weight(const Problem& problem, const TilePlace& place,
+                                             int64_t k, int32_t direction, int32_t cell,
+                                             int32_t pixel) {
+  const Box<Number> box = box_on_level<Number>(problem, k, place.image, place.level);
+  return pixel_weight(problem.op, box_axis(problem, box, direction), cell, pixel);
+}
+
+/// What a block of gather_pixels_kernel owns: a column of kWarpRows pixels in each lane, of up to
+/// kChannels channels.
+template <class NumberT>
+struct PixelTile {
+  using Number = NumberT;
+  static constexpr int32_t kWarpRows = 4;
+  static constexpr int32_t kRows = kWarpRows * kGatherWarps;
+  static constexpr int32_t kColumns = 32;
+  static constexpr int32_t kChannels = 4;
+};
+
+/// The cells that read one row or column of pixels, with the weights of the first of them.
+template <class Number>
+struct PixelLine {
+  static constexpr int32_t kKept = 5;  // odd, so that lanes use different banks
+  Cells cells;
+  Number weight[kKept];
+};
+
+/// Thread: kWarpRows pixels below each other, all channels. For images, where lanes that are
+/// channels would be idle. Boxes are taken one by one; the block first looks up which cells read
+/// each of its rows and columns.
+template <class T>
+__global__ void __launch_bounds__(kGatherThreads, 1)
+    gather_pixels_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
+                         GLIMPSE_GRID_CONSTANT GatherPlan plan) {
+  using Number = acc_t<T>;
+  using Tile = PixelTile<Number>;
+  using Line = PixelLine<Number>;
+  constexpr int32_t kLines = Tile::kRows + Tile::kColumns;
+  static_assert(kGatherThreads % kLines == 0, "a warp builds one weight of 32 lines");
+  GLIMPSE_SHARED(TilePlace, place, );
+  GLIMPSE_SHARED(BoxList, list, );
+  GLIMPSE_SHARED(Line, lines, [kLines]);
+  if (threadIdx.x == 0) {
+    place = place_of_block<Tile>(problem, plan);
+    list.next = 0;
+  }
+  __syncthreads();
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t lane = thread & 31, warp = thread >> 5;
+  const Level& level = problem.level[place.level];
+  const int32_t x = place.x + lane, first_y = place.y + warp * Tile::kWarpRows;
+  const int64_t first_channel = int64_t{place.slice} * Tile::kChannels;
+  const int64_t left = problem.channels - first_channel;
+  const int32_t channels = left < Tile::kChannels ? static_cast<int32_t>(left) : Tile::kChannels;
+  const bool nhwc = problem.layout == Layout::kNhwc;
+  const int64_t plane = int64_t{problem.out_height} * problem.out_width;
+  const int64_t cell_stride = nhwc ? problem.channels : 1;
+  const int64_t channel_stride = nhwc ? 1 : plane;
+  const T* pooled = static_cast<const T*>(problem.pooled) + first_channel * channel_stride;
+
+  Number value[Tile::kWarpRows][Tile::kChannels] = {};
+  while (list.next < problem.boxes) {
+    list_boxes<Tile>(problem, place, &list);
+    for (int32_t i = 0; i < list.size; ++i) {
+      const int64_t k = list.box[i];
+      {
+        const int32_t own = thread % kLines;
+        const bool along_y = own < Tile::kRows;
+        const Box<Number> box = box_on_level<Number>(problem, k, place.image, place.level);
+        const BoxAxis<Number> line = box_axis(problem, box, along_y ? kY : kX);
+        const int32_t pixel = along_y ? place.y + own : place.x + own - Tile::kRows;
+        Cells cells = {0, 0};
+        if (pixel < line.size) cells = cells_reaching(problem.op, line, pixel, pixel);
+        if (thread < kLines) lines[own].cells = cells;
+        GLIMPSE_NO_UNROLL
+        for (int32_t j = thread / kLines; j < Line::kKept; j += kGatherThreads / kLines) {
+          Number weight = 0;
+          if (cells.first + j < cells.end) {
+            weight = pixel_weight(problem.op, line, cells.first + j, pixel);
+          }
+          lines[own].weight[j] = weight;
+        }
+      }
+      __syncthreads();
+      const T* grad = pooled + k * problem.channels * plane;
+      const Line& column = lines[Tile::kRows + lane];
+      const Cells columns = column.cells;
+      GLIMPSE_UNROLL
+      for (int32_t r = 0; r < Tile::kWarpRows; ++r) {
+        const Line& row = lines[warp * Tile::kWarpRows + r];
+        const Cells rows = row.cells;
+        GLIMPSE_NO_UNROLL
+        for (int32_t band = rows.first; band < rows.end;) {
+          const int32_t next_band = band - band % kBand + kBand;
+          const int32_t band_end = next_band < rows.end ? next_band : rows.end;
+          GLIMPSE_NO_UNROLL
+          for (int32_t cell_x = columns.first; cell_x < columns.end; ++cell_x) {
+            const int32_t j = cell_x - columns.first;
+            const Number weight_x = j < Line::kKept
+                                        ? column.weight[j]
+                                        : far_weight<Number>(problem, place, k, kX, cell_x, x);
+            if (weight_x == 0) continue;
+            Number sum[Tile::kChannels] = {};
+            const T* cell = grad + (int64_t{band} * problem.out_width + cell_x) * cell_stride;
+            GLIMPSE_NO_UNROLL
+            for (int32_t cell_y = band; cell_y < band_end; ++cell_y) {
+              const int32_t i_y = cell_y - rows.first;
+              const Number weight_y = i_y < Line::kKept ? row.weight[i_y]
+                                                        : far_weight<Number>(problem, place, k, kY,
+                                                                             cell_y, first_y + r);
+              if (weight_y != 0) {
+                GLIMPSE_UNROLL
+                for (int32_t c = 0; c < Tile::kChannels; ++c) {
+                  if (c < channels) {
+                    Number grad_of_cell[1];
+                    Pack<T, 1>::load(cell + c * channel_stride).unpack(grad_of_cell);
+                    sum[c] += weight_y * grad_of_cell[0];
+                  }
+                }
+              }
+              cell += problem.out_width * cell_stride;
+            }
+            GLIMPSE_UNROLL
+            for (int32_t c = 0; c < Tile::kChannels; ++c) value[r][c] += weight_x * sum[c];
+          }
+          band = band_end;
+        }
+      }
+      __syncthreads();  // before the next lines take the place of these
+    }
+  }
+
+  if (x >= level.width) return;
+  T* target = static_cast<T*>(level.data) + place.image * level.stride_n +
+              first_channel * level.stride_c + first_y * level.stride_h + x * level.stride_w;
+  GLIMPSE_UNROLL
+  for (int32_t r = 0; r < Tile::kWarpRows; ++r) {
+    if (first_y + r < level.height) {
+      GLIMPSE_UNROLL
+      for (int32_t c = 0; c < Tile::kChannels; ++c) {
+        if (c < channels) target[c * level.stride_c] = Store<T>::from(value[r][c]);
+      }
+    }
+    target += level.stride_h;
+  }
+}
+
+// ------------------------------------------------------------------------------------ simple
 
 /// Thread: one element of a gradient at a time; nothing is shared. The formula as it stands, and
 /// what the kernels above are compared with: they add the same numbers in the same order.
@@ -999,18 +1271,25 @@ __global__ void __launch_bounds__(256, sizeof(Number) == 8 ? 1 : 2)
         const BoxAxis<Number> along_x = box_axis(problem, box, kX);
         const Cells rows = cells_reaching(problem.op, along_y, y, y);
         const Cells columns = cells_reaching(problem.op, along_x, x, x);
-        for (int32_t cell_y = rows.first; cell_y < rows.end; ++cell_y) {
-          const Number weight_y = pixel_weight(problem.op, along_y, cell_y, y);
-          if (weight_y == 0) continue;
+        for (int32_t band = rows.first; band < rows.end;) {
+          const int32_t next_band = band - band % kBand + kBand;
+          const int32_t band_end = next_band < rows.end ? next_band : rows.end;
           for (int32_t cell_x = columns.first; cell_x < columns.end; ++cell_x) {
             const Number weight_x = pixel_weight(problem.op, along_x, cell_x, x);
             if (weight_x == 0) continue;
-            const int64_t cell = int64_t{cell_y} * problem.out_width + cell_x;
-            const Number grad = load_element<Number>(
-                problem.dtype, problem.pooled,
-                k * problem.channels * plane + channel * channel_stride + cell * cell_stride);
-            sum += weight_x * (weight_y * grad);
+            Number column = 0;
+            for (int32_t cell_y = band; cell_y < band_end; ++cell_y) {
+              const Number weight_y = pixel_weight(problem.op, along_y, cell_y, y);
+              if (weight_y == 0) continue;
+              const int64_t cell = int64_t{cell_y} * problem.out_width + cell_x;
+              column += weight_y *
+                        load_element<Number>(problem.dtype, problem.pooled,
+                                             k * problem.channels * plane +
+                                                 channel * channel_stride + cell * cell_stride);
+            }
+            sum += weight_x * column;
           }
+          band = band_end;
         }
       }
       store_element(problem.dtype, level.data,

@@ -257,6 +257,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, const char* file = __bu
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 
 namespace glimpse::cuda {
 
