@@ -161,6 +161,7 @@ class Program:
                     _encode(line, self.labels, into)
                 except ValueError:  # raises where it is reached: rare paths may hold anything
                     into.operation, into.operands = _operations()["UNKNOWN"], 0
+                    into.guard = TRUE  # not that of predicate 0
             self._code = made
         return self._code  # type: ignore[return-value]
 
