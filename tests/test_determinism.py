@@ -41,7 +41,7 @@ def crowd(device, count, shape, dtype=F32, seed="crowd"):
 def everything(image, boxes, g, mode=(-1, False)):
     """Pooled values, gradient to the image and gradient to the boxes."""
     image, boxes = image.detach().requires_grad_(), boxes.detach().requires_grad_()
-    pooled = glimpse_ext.roi_align(image, boxes, (3, 2), 1.0, *mode)
+    pooled = glimpse_ext.roi_align(image, boxes, g.shape[2:], 1.0, *mode)
     return pooled.detach(), *torch.autograd.grad(pooled, (image, boxes), g)
 
 
@@ -211,6 +211,25 @@ def test_company_in_the_batch_and_in_the_channels(device, same_bits):
     channel = everything(image[:, 3:4], boxes, g[:, 3:4])
     same_bits(channel[0], both[0][:, 3:4], "pooled, one channel")
     same_bits(channel[1], both[1][:, 3:4], "gradient to the image, one channel")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_size_of_a_call_changes_no_bit(layout, device, same_bits):
+    """Kernels, tiles and grids follow from sizes. Enough images for the largest tiles and the
+    fullest grid, and enough cells to share a box out; against one image, and one box of it."""
+    images = 95
+    image, boxes, _ = crowd(device, 2 * images, (images, 72, 9, 11))
+    image = image.contiguous(memory_format=layout)
+    boxes[:, 0] = torch.arange(2 * images, device=device.torch) % images
+    g = random_tensor((2 * images, 72, 14, 5), F32, "size grad").to(device.torch)
+    pooled, to_image, to_boxes = everything(image, boxes, g, (2, True))
+    mine = boxes[:, 0] == 3
+    alone = boxes[mine].clone()
+    alone[:, 0] = 0
+    one = everything(image[3:4], alone, g[mine], (2, True))
+    same_bits(one[0], pooled[mine], "pooled")
+    same_bits(one[1][0], to_image[3], "gradient to the image")
+    same_bits(one[2], to_boxes[mine], "gradient to the boxes")
 
 
 def test_the_deterministic_switch_changes_nothing(device, same_bits):

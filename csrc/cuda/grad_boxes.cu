@@ -43,17 +43,14 @@ bool packs_channels(const Problem& problem) {
   return true;
 }
 
-/// Blocks that share a box: a few waves of blocks on a large device, if each still has enough to do
-/// for the tables that it builds. Sizes alone decide, so the order of sums never changes.
+/// Blocks that share a box, so that few boxes fill a large device, if each still has enough to do
+/// for the tables that it builds. Channels and cells alone decide, not the number of boxes: a box
+/// has the same bits alone and among others.
 int32_t slices_of(const Problem& problem) {
-  constexpr int64_t kEnoughBlocks = 2048, kLeastWork = 14;  // rows of cells in 32 channels
-  // Wide loads leave less to gain, so that it pays only where a wave is far from full.
-  const int64_t many = problem.layout == Layout::kNhwc ? kEnoughBlocks / 4 : kEnoughBlocks / 2;
-  if (problem.boxes == 0 || problem.boxes >= many) return 1;
-  const int64_t wanted = (kEnoughBlocks + problem.boxes - 1) / problem.boxes;
-  const int64_t most = (problem.channels + 31) / 32 * problem.out_height / kLeastWork;
-  const int64_t slices = wanted < most ? wanted : most;
-  return slices > 64 ? 64 : slices > 1 ? static_cast<int32_t>(slices) : 1;
+  constexpr int64_t kLeastWork = 14, kMostSlices = 16;  // the former in rows of cells x 32 channels
+  const int64_t slices = (problem.channels + 31) / 32 * problem.out_height / kLeastWork;
+  if (problem.boxes == 0) return 1;
+  return slices > kMostSlices ? kMostSlices : slices > 1 ? static_cast<int32_t>(slices) : 1;
 }
 
 dim3 grid_of(const Problem& problem) {
