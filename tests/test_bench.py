@@ -17,6 +17,7 @@ import torch
 import glimpse_ext
 from glimpse_ext import _grid_sample, bench, cli
 from glimpse_ext.bench import (
+    again,
     devices,
     memory,
     overhead,
@@ -965,6 +966,35 @@ def test_results_of_other_workloads_are_not_compared(steady, tmp_path, capsys):
     paths = [saved(steady, tmp_path / "a.json"), saved(other, tmp_path / "b.json")]
     assert bench.main(["--compare", *paths]) == 2
     assert "--quick" in capsys.readouterr().err
+
+
+def test_rows_that_scatter_are_measured_again_and_no_others(steady, monkeypatch):
+    old = {**copy.deepcopy(steady), "quick": False}
+    disturbed = old["rows"][1]
+    disturbed["seconds_spread"] = [1e-3, 1.6e-3]
+    plans = []
+
+    def run(plan):
+        plans.append(plan)
+        return {**copy.deepcopy(steady), "rows": [{**r, "seconds": 5.0} for r in steady["rows"]]}
+
+    monkeypatch.setattr(report, "environment", lambda: steady)
+    new = again.measured_again(old, Plan(()), run)
+    (part,) = plans[0].parts
+    assert [w.name for w in part.workloads] == [disturbed["workload"]]
+    assert part.directions == (disturbed["direction"],)
+    assert part.layouts == (disturbed["layout"],)
+    assert [row["seconds"] == 5.0 for row in new["rows"]] == [
+        row is disturbed for row in old["rows"]
+    ]
+    assert new["again"][0]["rows"] == 1
+    assert "1 rows whose rounds scattered" in report.markdown(new)
+    assert again.measured_again({**steady, "quick": False}, Plan(()), run)["rows"] == steady["rows"]
+    assert len(plans) == 1  # nothing scatters there
+    with pytest.raises(ValueError, match="whole run"):
+        again.measured_again(steady, Plan(()), run)
+    with pytest.raises(ValueError, match="here is"):
+        again.measured_again({**old, "versions": {"torch": "1.0"}}, Plan(()), run)
 
 
 def test_another_machine_is_remarked(steady):

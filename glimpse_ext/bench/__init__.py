@@ -12,6 +12,7 @@
 `report`        JSON, the table of the terminal and of the README
 `targets`       what is aimed at, and which rows reach it
 `compare`       two results: what became slower
+`again`         rows whose rounds scatter, once more
 `plot`          the picture
 ==============  ===================================================
 """
@@ -29,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from . import overhead, report, targets, workloads
+from .again import SCATTER, measured_again
 from .compare import TOLERANCE, compare
 from .devices import Device, make_device
 from .peers import COMPILED, PEER_NAMES
@@ -132,6 +134,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar=("RESULTS", "PICTURE"),
         help="draw results; the picture is RESULTS with .png, or the given .png or .svg files",
+    )
+    other.add_argument(
+        "--again",
+        type=Path,
+        metavar="RESULTS",
+        help=f"measure once more the rows of a whole run whose rounds scatter by more than "
+        f"{SCATTER:g}, and put them into the file",
     )
     other.add_argument(
         "--overhead", action="store_true", help="only what a call costs, layer by layer"
@@ -325,6 +334,11 @@ def _act(arguments: argparse.Namespace) -> int:
             print(picture)
         return 0
     plan = make_plan(arguments)
+    if arguments.again:
+        results = measured_again(report.load(arguments.again), plan, run)
+        report.save(results, arguments.again)
+        print(report.table({**results, "rows": [r for r in results["rows"] if r.get("again")]}))
+        return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = run(plan, arguments.quick or arguments.tiny)
     report.save(results, arguments.out / RESULTS)

@@ -129,6 +129,6 @@ def plot(results: Results, path: Path) -> None:
     )
     handles = _handles(rows, peers)
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 4), fontsize=8
     )
     figure.savefig(path, dpi=110)

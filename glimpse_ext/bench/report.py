@@ -261,6 +261,11 @@ def markdown(results: Results) -> str:
         f"{versions['torchvision']}, {results['date'][:10]}{commit}. Cells: time of the peers over "
         "ours, then our time (× the floor). Where a peer is faster, the line comes first."
     ]
+    for again in results.get("again", []):
+        lines[0] += (
+            f" {again['rows']} rows whose rounds scattered by more than {again['scatter']:g} were "
+            "measured once more."
+        )
     if results["quick"]:
         lines += ["", "Made by `--quick`: smaller workloads."]
     lines += [
