@@ -106,9 +106,7 @@ def test_bfloat16_autocast(model):
         total = sum(losses.values())
     total.backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
-    assert all(
-        torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
-    )
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_compiled(model):
