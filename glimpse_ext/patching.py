@@ -77,6 +77,11 @@ class Patch:
         self.undo()
 
 
+def _is_tracing() -> bool:
+    """Whether torch.jit.trace, or the older export to ONNX, follows this call."""
+    return torch._C._get_tracing_state() is not None
+
+
 # ------------------------------------------------------------------------------------- torchvision
 
 
@@ -90,7 +95,7 @@ def _torchvision_roi_align(original: Function) -> Function:
         sampling_ratio: int = -1,
         aligned: bool = False,
     ) -> Any:
-        if torch.jit.is_tracing() or input.is_quantized:  # type: ignore[no-untyped-call]
+        if _is_tracing() or input.is_quantized:
             return original(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
         return roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
 
@@ -107,8 +112,7 @@ def _torchvision_pooler(original: Function) -> Function:
         scales: list[float] | None,
         mapper: Any,
     ) -> Any:
-        tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-        if tracing or scales is None or mapper is None:
+        if _is_tracing() or scales is None or mapper is None:
             return original(x_filtered, boxes, output_size, sampling_ratio, scales, mapper)
         if len(x_filtered) == 1:
             return roi_align(x_filtered[0], boxes, output_size, scales[0], sampling_ratio)
@@ -134,8 +138,7 @@ def _torchvision_pooler(original: Function) -> Function:
 def _torchvision_paste(original: Function) -> Function:
     @functools.wraps(original)
     def replacement(masks: Tensor, boxes: Tensor, img_shape: Any, padding: int = 1) -> Any:
-        tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-        if tracing or padding != 1 or not masks.is_floating_point():
+        if _is_tracing() or padding != 1 or not masks.is_floating_point():
             return original(masks, boxes, img_shape, padding)
         return paste_masks(masks, boxes.detach(), img_shape, threshold=None, method="torchvision")
 
