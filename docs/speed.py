@@ -41,6 +41,20 @@ WHY: dict[tuple[str, str, str, str], str] = {
         "place takes 1.7 times the yardstick, too. Rows are prefetched eight ahead; farther ahead, "
         "or into the next plane, changed nothing."
     ),
+    ("cpu", "W2a", "backward", "own float32"): (
+        "A disturbed row: alone and interleaved, float16 took 0.84 of the time of float32."
+    ),
+    ("cpu", "W3", "box gradient", "own backward"): (
+        "The backward to the maps became faster than when this was aimed at; each tap of a box "
+        "gradient has three sums instead of one."
+    ),
+    ("cpu", "W6a", "forward", "detectron2's way"): (
+        "What is left is the system's clearing of the pages that boxes touch; other runs gave 7.8."
+    ),
+    ("cpu", "W1", "forward", "torchvision"): "Left out by this run: a forward takes two seconds.",
+    ("cpu", "W9", "forward", "grid_sample copies"): (
+        "Left out by this run: a forward takes five seconds."
+    ),
 }
 
 

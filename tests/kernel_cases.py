@@ -54,13 +54,13 @@ WORK = [
     Work("larger_output", 3, (1030, 2), 1, boxes=2, batch=1),
     Work("wide_output", 12, (2, 70), 2, boxes=4),
     Work("many_boxes", 8, (2, 2), 2, levels=((30, 34),), boxes=300),
-    Work("many_images", 72, (3, 5), 2, levels=((9, 11),), boxes=90, batch=90),
-    Work("many_images_even_cells", 70, (3, 4), 2, levels=((9, 11),), boxes=90, batch=90),
-    Work("many_images_many_cells", 34, (20, 21), 1, levels=((9, 11),), boxes=90, batch=140),
     Work("pyramid", 34, (7, 7), 2, levels=((40, 44), (20, 22), (10, 11), (5, 6)), boxes=20),
     Work("pyramid_adaptive", 9, (3, 4), 0, levels=((33, 48), (17, 24), (9, 12)), boxes=40),
     Work("cells_of_many_columns", 9, (2, 3), 0, levels=((6, 900),), boxes=4),
     Work("samples_beyond_tables", 6, (4, 4), 200, boxes=2, batch=1),
+    Work("many_images", 72, (3, 5), 2, levels=((9, 11),), boxes=90, batch=90),
+    Work("many_images_even_cells", 70, (3, 4), 2, levels=((9, 11),), boxes=90, batch=90),
+    Work("many_images_many_cells", 34, (20, 21), 1, levels=((9, 11),), boxes=90, batch=140),
 ]
 
 Outputs = tuple[Tensor, ...]

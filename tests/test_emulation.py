@@ -190,6 +190,25 @@ def test_paste_does_not_depend_on_the_order_of_threads(threshold: float | None) 
         _testing.emulation_set_seed(seed)
 
 
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_no_turned_boxes_give_zeros_in_any_order_of_threads(layout: str) -> None:
+    """Tiles that no box reaches are cleared in shared memory, too, before they are stored."""
+    image = arrange(random_tensor((1, 5, 9, 11), torch.float32, "no frames"), layout)
+    image.requires_grad_()
+    backend = _testing.use_backend("emulated")
+    seed = _testing.emulation_seed()
+    try:
+        for number in SEEDS:
+            _testing.emulation_set_seed(number)
+            pooled = glimpse_ext.roi_align_rotated(image, torch.zeros(0, 6), 3)
+            (grad,) = torch.autograd.grad(pooled, image, torch.zeros_like(pooled))
+            assert not grad.any(), f"seed {number}"
+    finally:
+        _testing.use_backend(backend)
+        _testing.emulation_set_seed(seed)
+
+
 def _frame_outputs(mode: str, image: torch.Tensor, boxes: torch.Tensor) -> Outputs:
     """A pooled value, its gradients to the image and the boxes, and the first one's to the up."""
     image, boxes = image.detach().requires_grad_(), boxes.detach().requires_grad_()

@@ -17,10 +17,10 @@
 ///   grad_boxes_taps_kernel    lanes are taps along x; any layout, any strides
 ///   grad_boxes_simple_kernel  no tables; outputs with more cells than tables can list
 ///
-/// Where channels and cells are many, several blocks share a box: grid (box, slice). Each thread keeps four sums;
-/// one warp adds those of its lanes, one thread those of the warps, always in the same order. The
-/// only slice of a box writes its row of the result. Several write their sums to the workspace, and
-/// grad_boxes_sum_kernel adds them in order. So nothing is cleared and nothing is added in memory.
+/// Of many channels and cells, several blocks share a box: grid (box, slice). Each thread keeps
+/// four sums; one warp adds those of its lanes, one thread those of the warps, always in the same
+/// order. The only slice of a box writes its row of the result. Several write their sums to the
+/// workspace, and grad_boxes_sum_kernel adds them in order: no memory is cleared or added to.
 namespace glimpse::cuda {
 
 // Note [Gradient of a box]

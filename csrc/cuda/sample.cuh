@@ -372,17 +372,17 @@ __device__ __forceinline__ void find_columns(const Tables<float>& tables, int32_
     columns.count = -least_of_warp(minus_greatest) - columns.first_pixel + 1;
     columns.listed = columns.cells * columns.most_taps < columns.count;
     if (columns.listed) columns.count = columns.cells * columns.most_taps;
-    if (columns.most_taps == 0) columns.count = 1;  // never read
+    if (columns.most_taps == 0) {
+      columns.first_pixel = 0;  // never read
+      columns.count = 1;
+    }
     if (columns.count <= 32 * kNchwSlots || columns.cells == 1) break;
   }
   columns.parts = (columns.count + 31) / 32;
-  columns.side = 1;
   columns.count_factor = 1024 / columns.count + 1;
   columns.cells_factor = 1024 / columns.cells + 1;
-  if (columns.parts == 1) {
-    columns.side = 32 * columns.count_factor / 1024;
-    if (columns.side > kNchwMostSide) columns.side = kNchwMostSide;
-  }
+  const int32_t fit = 32 * columns.count_factor / 1024;
+  columns.side = columns.parts > 1 ? 1 : fit < kNchwMostSide ? fit : kNchwMostSide;
   columns.channels = kNchwSlots / columns.parts * columns.side;
   columns.pitch = ((columns.count < 32 ? columns.count : 32) + 1) | 1;
   // What the channels of a slot write at a time goes to different banks.
