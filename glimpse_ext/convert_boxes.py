@@ -199,9 +199,12 @@ def convert_boxes(
             last, which are one place then.
         TypeError: boxes that are no tensor of real numbers; sizes that are no integers.
 
-    The formulas are those of the operators here and, for the others, of
-    https://onnx.ai/onnx/operators/onnx__RoiAlign.html, onnx__Resize.html (``tf_crop_and_resize``),
-    https://cocodataset.org/#format-data and detectron2's reader of Pascal VOC annotations.
+    Source:
+        The formulas are those of the operators here and, for the others, of
+        https://onnx.ai/onnx/operators/onnx__RoiAlign.html, onnx__Resize.html
+        (``tf_crop_and_resize``), https://cocodataset.org/#format-data and detectron2's reader of
+        Pascal VOC annotations.
+
     ``torchvision_legacy`` widens boxes of less than a pixel; no conversion can undo that.
 
     >>> import torch, glimpse_ext
