@@ -42,8 +42,6 @@ nitpick_ignore_regex = [
 
 html_theme = "furo"
 html_title = f"glimpse_ext {version}"
-html_static_path = ["static"]
-html_css_files = ["pictures.css"]
 html_show_copyright = False
 
 

@@ -36,7 +36,7 @@ HANDLE = (186.0, 216.0, 282.0, 312.0)
 CUP = (170.0, 16.0, 412.0, 210.0)
 SPOON = (389.0, 196.0, 92.0, 276.0, -12.0)
 EYE = (286.0, 148.0)
-SAUCER = (72.0, 62.0, 484.0, 394.0)
+WHOLE = (72.0, 12.0, 484.0, 394.0)
 CELLS, WINDOW, MASK_SIDE = 7, 48, 28
 
 
@@ -45,14 +45,15 @@ def photograph() -> Tensor:
     return torch.from_numpy(data.coffee()).permute(2, 0, 1)[None].float() / 255
 
 
-def saucer_mask(image: Tensor) -> Tensor:
-    """[1, 28, 28]: what a mask head would say of the box of cup and saucer."""
+def mask_of_whole(image: Tensor) -> Tensor:
+    """[1, 28, 28]: what a mask head would say of the box of cup and saucer, red and white."""
     red, green, blue = image[0]
     reddish = (green < 0.5 * red) & (blue < 0.45 * red) & (red > 0.12)
-    labels, _ = ndimage.label(ndimage.binary_opening(reddish.numpy(), iterations=2))
+    whitish = (image[0].amin(0) > 0.42) & (image[0].amax(0) - image[0].amin(0) < 0.3)
+    labels, _ = ndimage.label(ndimage.binary_opening((reddish | whitish).numpy(), iterations=2))
     largest = torch.from_numpy(labels).flatten().bincount()[1:].argmax() + 1
     whole = ndimage.binary_fill_holes(ndimage.binary_closing(labels == int(largest), iterations=6))
-    box = torch.tensor([[0.0, *SAUCER]])
+    box = torch.tensor([[0.0, *WHOLE]])
     inside = torch.from_numpy(whole).float()[None, None]
     return glimpse_ext.roi_align(inside, box, MASK_SIDE, aligned=True)[:, 0]
 
@@ -90,7 +91,7 @@ def draw_photograph(axes: Any, image: Tensor) -> None:
     place(axes, shown(image[0]), WORDS, "", interpolation="bilinear")
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.add_patch(box_of(*SAUCER, edgecolor=MASK, linewidth=LINE))
+    axes.add_patch(box_of(*WHOLE, edgecolor=MASK, linewidth=LINE))
     x1, y1, x2, y2 = CUP
     axes.add_patch(box_of(*CUP, edgecolor=ALIGN, linewidth=LINE))
     for i in range(1, CELLS):
@@ -121,25 +122,24 @@ def main(path: Path) -> None:
     spoon = glimpse_ext.roi_align_rotated(image, torch.tensor([[0.0, *SPOON]]), (168, 56))
     offset = torch.tensor([[2 * EYE[1] / height - 1, 2 * EYE[0] / width - 1]])
     glimpses = glimpse_ext.extract_glimpse(image, WINDOW, offset, noise="zero", scales=(1, 2, 4))
-    mask = saucer_mask(image)
-    pasted = glimpse_ext.paste_masks(mask, torch.tensor([SAUCER]), (height, width))[0]
+    mask = mask_of_whole(image)
+    pasted = glimpse_ext.paste_masks(mask, torch.tensor([WHOLE]), (height, width))[0]
 
-    figure = plt.figure(figsize=(13.6, 5.6), dpi=120)
-    photo = figure.add_axes((0.004, 0.03, 0.475, 0.93))
-    draw_photograph(photo, image)
+    figure = plt.figure(figsize=(13.6, 4.3), dpi=120)
 
     def tile(left: float, bottom: float, wide: float, high: float) -> Any:
         return figure.add_axes((left, bottom, wide, high))
 
-    place(tile(0.5, 0.555, 0.145, 0.36), shown(handle[0]), CROP, "crop")
-    place(tile(0.665, 0.555, 0.175, 0.36), shown(cup[0]), ALIGN, "roi_align", aspect=194 / 242)
-    place(tile(0.868, 0.06, 0.115, 0.855), shown(spoon[0]), TURNED, "roi_align_rotated")
+    draw_photograph(tile(0.004, 0.02, 0.445, 0.95), image)
+    place(tile(0.462, 0.46, 0.143, 0.452), shown(handle[0]), CROP, "crop")
+    place(tile(0.622, 0.46, 0.178, 0.452), shown(cup[0]), ALIGN, "roi_align", aspect=194 / 242)
+    place(tile(0.861, 0.025, 0.094, 0.89), shown(spoon[0]), TURNED, "roi_align_rotated")
     for i, part in enumerate(glimpses[0].unflatten(0, (3, 3))):
         title = "extract_glimpse" if i == 1 else ""
-        place(tile(0.5 + 0.0505 * i, 0.19, 0.046, 0.13), shown(part), GLIMPSE, title)
-    place(tile(0.664, 0.19, 0.055, 0.13), mask[0].numpy(), MASK, "28×28", cmap="gray", vmin=0)
+        place(tile(0.462 + 0.0635 * i, 0.1, 0.058, 0.184), shown(part), GLIMPSE, title)
+    place(tile(0.662, 0.1, 0.058, 0.184), mask[0].numpy(), MASK, "28×28", cmap="gray", vmin=0)
     outside = torch.where(pasted, image[0], 0.22 * image[0])
-    place(tile(0.73, 0.075, 0.125, 0.36), shown(outside), MASK, "paste_masks")
+    place(tile(0.726, 0.025, 0.12, 0.259), shown(outside), MASK, "paste_masks")
     figure.savefig(path, transparent=True)
 
 

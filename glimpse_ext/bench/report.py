@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Results as JSON, as a table for the terminal, and as the table of the README."""
+"""Results as JSON, as a table for the terminal, and as one in Markdown."""
 
 import datetime
 import importlib.metadata
@@ -246,7 +246,7 @@ def _markdown_cell(row: Row, peers: Sequence[str]) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The table of the README: one line per workload and direction, one column per setting."""
+    """The table of docs/speed.md: a line for each workload and direction, by setting."""
     rows: list[Row] = [row for row in results["rows"] if row["ok"]]
     settings = list(dict.fromkeys(column(row) for row in rows))
     if not rows:
