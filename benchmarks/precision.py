@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,6 +211,25 @@ def run(pool: Pool, image: Tensor, boxes: Tensor, grad: Tensor) -> list[Tensor]:
     return [pooled.detach().double(), torch.autograd.grad(pooled, image, grad)[0].double()]
 
 
+def run_apart(pool: Pool, *arguments: Tensor) -> list[Tensor] | str:
+    """The same in a process of its own; in words where there is no result."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result"
+        child = os.fork()
+        if child == 0:
+            try:
+                result: list[Tensor] | str = run(pool, *arguments)
+            except (RuntimeError, NotImplementedError) as reason:
+                result = f"raises: {str(reason).splitlines()[0][:70]}"
+            torch.save(result, path)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status < 0:
+            return "ends the process"
+        found: list[Tensor] | str = torch.load(path)
+        return found
+
+
 def error(got: Tensor, exact: Tensor) -> str:
     distance = (got - exact).abs() / (1 + exact.abs())
     wrong = int((~got.isfinite()).sum())
@@ -236,10 +257,9 @@ def section(comparison: Comparison) -> list[str]:
             if not installed(name) or (dtype == torch.float64 and "float32" in name):
                 continue
             row = f"| {str(dtype).split('.')[1]} | {name} | "
-            try:
-                got = run(pool, image.to(dtype), boxes.to(wide), grad.to(dtype))
-            except (RuntimeError, NotImplementedError) as reason:
-                row += f"raises: {str(reason).splitlines()[0][:70]} | | | |"
+            got = run_apart(pool, image.to(dtype), boxes.to(wide), grad.to(dtype))
+            if isinstance(got, str):
+                row += f"{got} | | | |"
             else:
                 row += " | ".join(error(a, b) for a, b in zip(got, exact, strict=True)) + " |"
             lines.append(row)
@@ -255,6 +275,8 @@ def installed(name: str) -> bool:
 
 
 def main() -> None:
+    # Threads do not survive a fork.
+    torch.set_num_threads(1)
     versions = [f"torch {torch.__version__.split('+')[0]}"]
     versions += [f"{p} {importlib.metadata.version(p)}" for p in PACKAGES if installed(p)]
     lines = [

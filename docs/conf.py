@@ -37,7 +37,7 @@ napoleon_custom_sections = ["Gradients", "Source"]
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types|numpy)\..*"),
     ("py:.*", r"(Tensor|Any|Callable|Iterator|Mapping|Sequence|ModuleType|TracebackType|Self)"),
-    ("py:.*", r"(optional|RLE|Function|glimpse_ext\.(\w+\.)?_\w+.*)"),
+    ("py:.*", r"(optional|RLE|Function|glimpse_ext\.(\w+\.)?(_\w+.*|RLE|Compared))"),
 ]
 
 html_theme = "furo"

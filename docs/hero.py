@@ -4,7 +4,8 @@
     python docs/hero.py [FILE]      writes docs/hero.png, or FILE
 
 Every tile is the result of the call that is written over it. The background is transparent and the
-colours have contrast on white and on black. The photograph is skimage.data.coffee (public domain).
+colours have contrast on white and on black. The photograph is skimage.data.coffee (public domain);
+`pip install ".[demo]"` has it.
 """
 
 from __future__ import annotations

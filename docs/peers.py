@@ -33,6 +33,8 @@ PEERS = ("torch", "torchvision", "kornia")
 IMPORTS = ("numpy", "kornia", "torchvision.models.detection", glimpse_ext.__name__)
 SECONDS = 60
 BLOCK = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```\n", re.M | re.S)
+# A comment in programs that do not print the same each time: they are run and not compared.
+VARIES = "# differs from run to run"
 VERSIONS = re.compile(r"(?<=<!-- versions -->\n).*?(?=\n<!-- end of versions -->)", re.S)
 
 
@@ -50,6 +52,8 @@ def output(program: str) -> str:
         os.dup2(writable, 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         signal.alarm(SECONDS)
+        # What was printed before the end is kept.
+        sys.stdout.reconfigure(line_buffering=True)
         status = 0
         try:
             exec(compile(program, str(PAGE), "exec"), {"__name__": "__main__"})
@@ -92,6 +96,8 @@ def main() -> int:
     torch.set_num_threads(1)
     page = PAGE.read_text()
     printed = dict(renewed(page))
+    if arguments.check:
+        printed |= {p: text for p, text in BLOCK.findall(page) if VARIES in p}
     new = BLOCK.sub(lambda m: f"```python\n{m[1]}```\n\n```text\n{printed[m[1]]}```\n", page)
     new = VERSIONS.sub(versions(), new)
     if arguments.update:

@@ -51,17 +51,16 @@ def test_speed_is_what_was_measured():
 
 # ------------------------------------------------------------------------------------ examples
 
-PAGES = sorted(path for path in DOCS.glob("*.md"))
-# Its programs end the process they run in: docs/peers.py runs them, and .ci/docs runs that.
-EXAMPLES = [page for page in [ROOT / "README.md", *PAGES] if page.name != "peers.md"]
-BLOCK = re.compile(r"^```(python[^\n]*)\n(.*?)^```$", re.M | re.S)
+PAGES = sorted(DOCS.glob("*.md"))
+# Programs of peers.md may end the process they run in: docs/peers.py runs them, and .ci/docs that.
+EXAMPLES = [page for page in PAGES if page.name != "peers.md"]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 IMPORT = re.compile(r"^(?:>>> )?(?:import|from) ([\w, .]+?)(?: import.*| as .*)?$", re.M)
-# Prompts are run by doctest, and a word behind "python" says of a block that it is not for us.
-NOT_RUN = ("python no-run", "python console")
 
 
-def blocks(page):
-    return [(kind, code) for kind, code in BLOCK.findall(page.read_text()) if kind not in NOT_RUN]
+def prompts(page):
+    """Blocks with prompts. Pages show code that is part of something larger without them."""
+    return [code for code in BLOCK.findall(page.read_text()) if ">>> " in code]
 
 
 def need_imports(page, code):
@@ -77,33 +76,28 @@ def root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.name)
-def test_examples_with_prompts(page, root):
+@pytest.mark.parametrize("page", list(filter(prompts, EXAMPLES)), ids=lambda page: page.name)
+def test_examples(page, root):
     """Every example of the page, one after the other, as it is printed there."""
-    code = [code for _, code in blocks(page) if ">>> " in code]
-    if code:
-        need_imports(page, "\n".join(code))
+    need_imports(page, "\n".join(prompts(page)))
     result = doctest.testfile(str(page), module_relative=False)
     assert result.failed == 0
-    assert result.attempted >= len(code)
+    assert result.attempted >= len(prompts(page))
 
 
-@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.name)
-def test_examples_without_prompts(page, root):
-    """Every other block of Python, in one program."""
-    code = [code for _, code in blocks(page) if ">>> " not in code]
-    if code:
-        need_imports(page, "\n".join(code))
-    exec(compile("\n".join(code), str(page), "exec"), {"__name__": page.stem})
+def test_examples_of_the_readme(root):
+    """Every block of Python, in one program."""
+    code = BLOCK.findall((ROOT / "README.md").read_text())
+    assert code
+    exec(compile("\n".join(code), "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_pages_have_examples():
     """What the functions above run is not nothing."""
-    count = {page.name: sum(">>> " in code for _, code in blocks(page)) for page in EXAMPLES}
-    few = {"coordinates.md": 20, "borders.md": 7}
-    few |= {page.name: 4 for page in PAGES if page.name.startswith("migrating_")}
-    assert all(count[name] >= least for name, least in few.items()), count
-    assert any(">>> " not in code for _, code in blocks(ROOT / "README.md"))
+    count = {page.name: len(prompts(page)) for page in PAGES}
+    least = {"coordinates.md": 20, "borders.md": 7}
+    least |= {name: 4 for name in count if name.startswith("migrating_")}
+    assert all(count[name] >= few for name, few in least.items()), count
 
 
 # ----------------------------------------------------------------------------------- docstrings
@@ -116,7 +110,7 @@ def modules():
             yield info.name
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", list(modules()))
 def test_examples_of_docstrings(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
@@ -128,7 +122,7 @@ def functions_of_tensors():
             yield name
 
 
-@pytest.mark.parametrize("name", functions_of_tensors())
+@pytest.mark.parametrize("name", list(functions_of_tensors()))
 def test_docstrings_say_everything(name):
     """Shapes and units of every argument, the result, gradients, errors, a source, an example."""
     function = getattr(glimpse_ext, name)
