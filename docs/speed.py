@@ -30,8 +30,10 @@ RUNS = {
     "cpu-avx2": "Without AVX-512 (`GLIMPSE_ISA=avx2`)",
 }
 """The first one is the whole; of the others only targets that need them are shown."""
-# In docs/speed.md alone.
-NOT_IN_README = ("W1s", "W6b", "W6d", "W8b", "W11a", "W11b", "W12")
+# In docs/speed.md and its plot alone.
+NOT_IN_PLOT = ("W1s", "W6b", "W6d", "W8b", "W11a", "W11b", "W12")
+IN_README = ("W1", "W2b", "W4a", "W5", "W6a", "W6c", "W7", "W8a", "W9", "W10")
+"""Beside every workload in which a peer is faster."""
 
 # Why a target is missed, by run, workload, direction and what it is against.
 WHY: dict[tuple[str, str, str, str], str] = {
@@ -98,18 +100,66 @@ def targets_table() -> str:
     return "\n".join(lines)
 
 
-def in_readme(row: report.Row) -> bool:
+def plain(row: report.Row) -> bool:
+    return row["direction"] in ("forward", "backward") and row["dtype"] == "float32"
+
+
+def in_plot(row: report.Row) -> bool:
     name = row["workload"]
-    return (
-        row["direction"] in ("forward", "backward")
-        and row["dtype"] == "float32"
-        and name not in NOT_IN_README
-        and not re.fullmatch("W5[a-z]", name)
-    )
+    return plain(row) and name not in NOT_IN_PLOT and not re.fullmatch("W5[a-z]", name)
+
+
+def in_readme(row: report.Row) -> bool:
+    return plain(row) and row["workload"] in IN_README
 
 
 def brief(results: report.Results) -> report.Results:
-    return {**results, "rows": [row for row in results["rows"] if in_readme(row)]}
+    return {**results, "rows": [row for row in results["rows"] if in_plot(row)]}
+
+
+def settings_of(rows: list[report.Row]) -> list[str]:
+    return list(dict.fromkeys(report.column(row) for row in rows))
+
+
+def against_the_fastest(row: report.Row) -> str:
+    """How many times longer the fastest peer takes, who that is, and our time."""
+    ratios = {n: p["ratio"]["median"] for n, p in row["peers"].items() if "ratio" in p}
+    time = report.format_seconds(row["seconds"])
+    if not ratios:
+        return time
+    name = min(ratios, key=lambda n: ratios[n])
+    ratio = report.format_ratio(ratios[name])
+    return f"{f'**{ratio}**' if ratios[name] >= 1 else ratio} {name}, {time}"
+
+
+def readme_table(results: report.Results) -> str:
+    """A line for each workload and direction; first all those in which some peer is faster."""
+    rows = [r for r in results["rows"] if r["ok"] and plain(r)]
+    slower = {(r["workload"], r["direction"]) for r in rows if report.slower_than(r)}
+    rows = [r for r in rows if in_readme(r) or (r["workload"], r["direction"]) in slower]
+    settings = settings_of(rows)
+    keys = dict.fromkeys((r["workload"], r["direction"]) for r in rows)
+    found = {(r["workload"], r["direction"], report.column(r)): r for r in rows}
+    what = {r["workload"]: r["what"].split(":")[0].split(",")[0] for r in rows}
+    versions, commit = results["versions"], results["commit"][:10]
+    lines = [
+        f"{results['machine']['processor']}, {results['machine']['cores']} cores, torch "
+        f"{versions['torch']}, torchvision {versions['torchvision']}, {results['date'][:10]}, "
+        f"commit {commit}. Cells: time of the fastest peer over ours, who that is, our time. Lines "
+        "in which a peer is faster come first, whichever workloads they are of.",
+        "",
+        "| workload | direction | " + " | ".join(settings) + " |",
+        "|---|---|" + "---|" * len(settings),
+    ]
+    for workload, direction in sorted(keys, key=lambda key: key not in slower):
+        cells = [
+            against_the_fastest(found[workload, direction, setting])
+            if (workload, direction, setting) in found
+            else "–"
+            for setting in settings
+        ]
+        lines.append(f"| {workload} {what[workload]} | {direction} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def overhead_table() -> str:
@@ -126,7 +176,7 @@ def blocks() -> dict[tuple[Path, str], str]:
     results = report.load(newest("cpu"))
     page = ROOT / "docs" / "speed.md"
     return {
-        (ROOT / "README.md", "speed"): report.markdown(brief(results)),
+        (ROOT / "README.md", "speed"): readme_table(results),
         (page, "targets"): targets_table(),
         (page, "overhead"): overhead_table(),
         (page, "rows"): report.markdown(results),

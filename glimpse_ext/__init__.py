@@ -9,11 +9,13 @@ from .crop import crop, crop_and_resize, point_sample
 from .extract_glimpse import extract_glimpse
 from .paste_masks import paste_masks
 from .paste_masks_to_rle import PastedRLE, paste_masks_to_rle
+from .patching import Patch, patch
 from .roi_align import multiscale_roi_align, roi_align
 from .roi_align_rotated import roi_align_rotated
 
 __all__ = [
     "PastedRLE",
+    "Patch",
     "convert_boxes",
     "crop",
     "crop_and_resize",
@@ -22,6 +24,7 @@ __all__ = [
     "nn",
     "paste_masks",
     "paste_masks_to_rle",
+    "patch",
     "point_sample",
     "reference",
     "roi_align",

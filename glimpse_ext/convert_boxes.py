@@ -141,9 +141,9 @@ def convert_boxes(
     ``torchvision_legacy``         x1, y1, x2, y2          v + 1/2. ``roi_align(aligned=False)``
     ``onnx_half_pixel``            x1, y1, x2, y2          v. ONNX RoiAlign, its default
     ``onnx_output_half_pixel``     x1, y1, x2, y2          v + 1/2. ONNX RoiAlign
-    ``onnx_resize``                y1, x1, y2, x2          v(S - 1) + 1/2, *. ONNX Resize with
+    ``onnx_resize``                y1, x1, y2, x2          v(S - 1) + 1/2 (a). ONNX Resize with
                                                            ``tf_crop_and_resize``
-    ``tf_crop_and_resize``         y1, x1, y2, x2          v(S - 1) + 1/2, *. ``crop_and_resize``
+    ``tf_crop_and_resize``         y1, x1, y2, x2          v(S - 1) + 1/2 (a). ``crop_and_resize``
     ``tf_half_pixel``              y1, x1, y2, x2          vS. ``crop_and_resize``,
                                                            ``convention="half_pixel"``
     ``tf_glimpse``                 y, x, height, width     middle at (v + 1)S/2. Centered and
@@ -155,7 +155,7 @@ def convert_boxes(
     ``tf_glimpse_v2_centered``     y, x, height, width     first edge at v + S/2
     ``tf_glimpse_v2``              y, x, height, width     first edge at v
     ``grid_sample``                x1, y1, x2, y2          (v + 1)S/2. ``align_corners=False``
-    ``grid_sample_align_corners``  x1, y1, x2, y2          (v + 1)(S - 1)/2 + 1/2, *.
+    ``grid_sample_align_corners``  x1, y1, x2, y2          (v + 1)(S - 1)/2 + 1/2 (a).
                                                            ``align_corners=True``
     ``opencv``                     x1, y1, x2, y2          v + 1/2. Pixel centres are whole numbers,
                                                            as in ``remap`` and ``warpAffine``
@@ -169,10 +169,10 @@ def convert_boxes(
 
     Height and width of a glimpse are the ``size`` of the window, in pixels.
 
-    A star marks operators whose outer samples lie *on* the ends of the box; in all others the ends
-    are the edges of cells, with the samples in their middle. So the ends of a box can have the same
-    place and its samples not. ``cells`` asks for the samples: between a convention with a star and
-    one without, the ends move by half a cell, and an operator with that output size reads the same
+    (a): operators whose outer samples lie *on* the ends of the box. In all others the ends are the
+    edges of cells, with the samples in their middle, so the ends of a box can have the same place
+    and its samples not. ``cells`` asks for the samples: between a convention with an (a) and one
+    without, the ends move by half a cell, and an operator with that output size reads the same
     places.
 
     To flip boxes, flip edges: in edge units x becomes W - x (never W - 1 - x), and x1 and x2 swap.
@@ -199,9 +199,12 @@ def convert_boxes(
             last, which are one place then.
         TypeError: boxes that are no tensor of real numbers; sizes that are no integers.
 
-    The formulas are those of the operators here and, for the others, of
-    https://onnx.ai/onnx/operators/onnx__RoiAlign.html, onnx__Resize.html (``tf_crop_and_resize``),
-    https://cocodataset.org/#format-data and detectron2's reader of Pascal VOC annotations.
+    Source:
+        The formulas are those of the operators here and, for the others, of
+        https://onnx.ai/onnx/operators/onnx__RoiAlign.html, onnx__Resize.html
+        (``tf_crop_and_resize``), https://cocodataset.org/#format-data and detectron2's reader of
+        Pascal VOC annotations.
+
     ``torchvision_legacy`` widens boxes of less than a pixel; no conversion can undo that.
 
     >>> import torch, glimpse_ext

@@ -132,6 +132,10 @@ def crop(
             the batch. On CUDA such a box gives zeros; see :func:`set_check_indices`.
         ValueError, TypeError: an unknown format or padding, a list of boxes or size that is none.
 
+    Source:
+        ``affine_grid`` and ``grid_sample`` of torch 2.13; Jaderberg et al., Spatial Transformer
+        Networks, 2015. Numbers stored from them are tested.
+
     >>> import torch, glimpse_ext
     >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
     >>> glimpse_ext.crop(image, torch.tensor([[1.0, 1.0, 3.0, 3.0]]), 2, box_format="pixels")
@@ -207,6 +211,10 @@ def crop_and_resize(
             batch. On CUDA such a box gives ``extrapolation_value``.
         ValueError, TypeError: an unknown method or convention, a size that is none.
 
+    Source:
+        ``crop_and_resize_op.cc`` of TensorFlow. Numbers stored from TensorFlow 2.21, with its
+        gradients, are tested.
+
     >>> import torch, glimpse_ext
     >>> image = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
     >>> boxes, index = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([0])
@@ -251,6 +259,10 @@ def point_sample(input: Tensor, points: Tensor, align_corners: bool = False) -> 
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
+
+    Source:
+        Kirillov et al., PointRend, 2020; ``point_sample`` of detectron2, whose stored numbers are
+        tested.
 
     >>> import torch, glimpse_ext
     >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)

@@ -243,6 +243,10 @@ def extract_glimpse(
             require a gradient.
         ValueError, TypeError: an unknown noise, version or mode, a size or scales that are none.
 
+    Source:
+        ``attention_ops.cc`` of TensorFlow, whose stored windows (2.21, both versions) are met bit
+        for bit; Mnih et al., Recurrent Models of Visual Attention, 2014, for ``scales``.
+
     >>> import torch, glimpse_ext
     >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
     >>> glimpse_ext.extract_glimpse(image, 2, torch.tensor([[0.0, 0.5]]), noise="zero")

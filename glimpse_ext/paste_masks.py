@@ -194,6 +194,10 @@ def paste_masks(
         ValueError, TypeError: an unknown method, an image size or threshold that is none, a
             derivative to boxes with ``method="torchvision"``.
 
+    Source:
+        ``paste_masks_in_image`` of detectron2 (its GPU path, which evaluates every pixel) and of
+        torchvision 0.28. Numbers stored from both are tested.
+
     Differences from ``detectron2.layers.paste_masks_in_image``: its CPU path writes only pixels
     inside the box and a margin of one pixel, so soft edges of large mask pixels are cut off, and
     pixels beyond are False even for a threshold of 0; its GPU path evaluates every pixel, as here.

@@ -85,6 +85,9 @@ def paste_masks_to_rle(
         RuntimeError: shapes, dtypes or devices that do not fit, a negative threshold.
         ValueError, TypeError: an unknown method, an image size or threshold that is none.
 
+    Source:
+        ``maskApi.c`` of pycocotools, with which results are compared byte for byte.
+
     >>> import torch, glimpse_ext
     >>> mask = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]])
     >>> glimpse_ext.paste_masks_to_rle(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4))

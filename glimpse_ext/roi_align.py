@@ -131,6 +131,10 @@ def roi_align(
             the batch. On CUDA such a box gives zeros; see :func:`set_check_indices`.
         ValueError, TypeError: a list of boxes, an output size or a mode that is none.
 
+    Source:
+        He et al., Mask R-CNN, 2017; the kernels of torchvision 0.28 and, for ``mode="max"``, those
+        of mmcv. Numbers stored from both are tested, and torchvision itself.
+
     Differences from torchvision: boxes have gradients, box and image dtypes may differ, bfloat16,
     uint8 and channels_last are native, NaN and huge boxes neither crash nor cost more than the
     map, and nothing is computed in half precision.
@@ -196,8 +200,18 @@ def multiscale_roi_align(
         ``[K, C, height, width]``, rows in the order of ``boxes``, dtype and memory format of the
         first map.
 
-    Gradients, bad input and errors: as in :func:`roi_align`; the choice of levels has no
-    gradient. Maps that no box falls on get a gradient of zeros.
+    Gradients:
+        As in :func:`roi_align`. The choice of levels has none, and maps that no box falls on get
+        one of zeros. Bad boxes: as in :func:`roi_align`, too.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, no map or more than 8; on CPU also
+            an image index outside the batch. On CUDA such a box gives zeros.
+        ValueError, TypeError: a list of boxes, an output size or an ``assign`` that is none.
+
+    Source:
+        Lin et al., Feature Pyramid Networks, 2017, equation 1; ``LevelMapper`` of torchvision and
+        ``assign_boxes_to_levels`` of detectron2. Numbers stored from both are tested.
 
     >>> import torch, glimpse_ext
     >>> maps = [torch.randn(1, 8, 64 // s, 64 // s) for s in (4, 8, 16)]

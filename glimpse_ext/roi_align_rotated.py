@@ -75,6 +75,10 @@ def roi_align_rotated(
             the batch. On CUDA such a box gives zeros; see :func:`set_check_indices`.
         ValueError, TypeError: a list of boxes, an output size or an angle unit that is none.
 
+    Source:
+        The CPU kernels of ``ROIAlignRotated`` of detectron2 and ``roi_align_rotated`` of mmcv.
+        Numbers stored from both are tested.
+
     Differences from detectron2 and mmcv: boxes have gradients, box and image dtypes may differ,
     16-bit types, uint8 and channels_last are native, ``spatial_scale`` is not rounded to float32,
     and negative sides, NaN and huge boxes are defined.

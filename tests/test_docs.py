@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import importlib.util
+import inspect
 import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +19,7 @@ import conftest
 import pytest
 import torch
 
+import glimpse_ext
 from glimpse_ext import convert_boxes
 from glimpse_ext.convert_boxes import CONVENTIONS
 
@@ -44,12 +49,157 @@ def test_speed_is_what_was_measured():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("page", ["coordinates.md", "borders.md"])
-def test_worked_examples(page):
+# ------------------------------------------------------------------------------------ examples
+
+PAGES = sorted(DOCS.glob("*.md"))
+# Programs of peers.md may end the process they run in: docs/peers.py runs them, and .ci/docs that.
+EXAMPLES = [page for page in PAGES if page.name != "peers.md"]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+IMPORT = re.compile(r"^(?:>>> )?(?:import|from) ([\w, .]+?)(?: import.*| as .*)?$", re.M)
+
+
+def prompts(page):
+    """Blocks with prompts. Pages show code that is part of something larger without them."""
+    return [code for code in BLOCK.findall(page.read_text()) if ">>> " in code]
+
+
+def need_imports(page, code):
+    """Skips where a page compares with a package that is not installed."""
+    for names in IMPORT.findall(code):
+        for name in names.split(","):
+            package = name.strip().split(".")[0]
+            pytest.importorskip(package, reason=f"{page.name} compares with {package} itself")
+
+
+@pytest.fixture
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("page", list(filter(prompts, EXAMPLES)), ids=lambda page: page.name)
+def test_examples(page, root):
     """Every example of the page, one after the other, as it is printed there."""
-    result = doctest.testfile(str(DOCS / page), module_relative=False)
-    assert result.attempted > 5
+    need_imports(page, "\n".join(prompts(page)))
+    result = doctest.testfile(str(page), module_relative=False)
     assert result.failed == 0
+    assert result.attempted >= len(prompts(page))
+
+
+def test_examples_of_the_readme(root):
+    """Every block of Python, in one program."""
+    code = BLOCK.findall((ROOT / "README.md").read_text())
+    assert code
+    exec(compile("\n".join(code), "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_pages_have_examples():
+    """What the functions above run is not nothing."""
+    count = {page.name: len(prompts(page)) for page in PAGES}
+    least = {"coordinates.md": 20, "borders.md": 7}
+    least |= {name: 4 for name in count if name.startswith("migrating_")}
+    assert all(count[name] >= few for name, few in least.items()), count
+
+
+# ----------------------------------------------------------------------------------- docstrings
+
+
+def modules():
+    skipped = ("_testing", "bench", "demo")
+    for info in pkgutil.walk_packages(glimpse_ext.__path__, "glimpse_ext."):
+        if not any(f".{name}" in info.name for name in skipped):
+            yield info.name
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_examples_of_docstrings(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def functions_of_tensors():
+    for name in glimpse_ext.__all__:
+        value = getattr(glimpse_ext, name)
+        if inspect.isfunction(value) and "Tensor" in str(inspect.signature(value)):
+            yield name
+
+
+@pytest.mark.parametrize("name", list(functions_of_tensors()))
+def test_docstrings_say_everything(name):
+    """Shapes and units of every argument, the result, gradients, errors, a source, an example."""
+    function = getattr(glimpse_ext, name)
+    text = inspect.getdoc(function)
+    missing = [part for part in ("Args:", "Returns:", "Raises:", "Source:") if part not in text]
+    assert not missing, f"{name}: {missing}"
+    assert re.search(r"gradient", text, re.I), f"{name}: gradients"
+    assert re.search(r"\bpixel|edge units|fractions|units", text), f"{name}: units"
+    assert "[" in text.split("Args:")[1], f"{name}: shapes"
+    example = doctest.DocTestFinder(recurse=False).find(function, name)[0].examples
+    assert any(not e.options.get(doctest.SKIP) and e.want for e in example), f"{name}: an example"
+    described = set(re.findall(r"^    (\w+): ", text.split("Args:")[1], re.M))
+    assert set(inspect.signature(function).parameters) <= described, f"{name}: arguments"
+
+
+# ----------------------------------------------------------------------------------------- site
+
+
+def module_of(path):
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def site():
+    return module_of(DOCS / "site_pages.py")
+
+
+def test_every_public_name_has_a_page(site):
+    made = {path.stem: text for path, text in site.pages().items() if path.parent.name != "docs"}
+    index = made["index"]
+    for name in glimpse_ext.__all__:
+        assert f"glimpse_ext.{name}" in made[name], name
+        assert f"\n{name}\n" in index, name
+        assert f"| [`{name}`]({name}.md) | " in index, name
+        assert site.first_sentence(name).endswith("."), name
+
+
+def test_links_lead_to_files():
+    """Of the README and all pages: relative links, as a reader of the repository follows them."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "csrc" / "README.md", *PAGES]
+    link = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+    for page in pages:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+        text = re.sub(r"`[^`\n]*`", "", text)
+        for target in link.findall(text):
+            if not re.match(r"[a-z]+:", target):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_library_is_listed():
+    """Its page in the table of all of them; pages that lead nowhere are errors of Sphinx."""
+    table = (DOCS / "migrating.md").read_text()
+    for page in PAGES:
+        if page.stem.startswith("migrating_"):
+            assert f"({page.name})" in table, page.name
+
+
+def test_the_readme_has_what_the_site_takes_from_it(site):
+    for page in PAGES:
+        for heading in site.FROM_README.findall(page.read_text()):
+            assert site.readme_section(heading), f"{page.name}: {heading}"
+
+
+def test_the_example_of_a_new_operator_applies():
+    """docs/extending.patch belongs to the source as it is."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("git apply needs a repository")
+    result = subprocess.run(
+        ["git", "apply", "--check", "docs/extending.patch"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 needs_geometry = pytest.mark.skipif(
@@ -59,10 +209,7 @@ needs_geometry = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def pictures():
-    specification = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return module_of(DOCS / "pictures.py")
 
 
 @needs_geometry

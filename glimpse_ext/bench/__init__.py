@@ -9,7 +9,7 @@
 `timing`        interleaved rounds, ratios, bandwidth of a copy
 `memory`        peak memory of a call
 `overhead`      what a call costs, layer by layer
-`report`        JSON, the table of the terminal and of the README
+`report`        JSON, the table of the terminal and of docs/speed.md
 `targets`       what is aimed at, and which rows reach it
 `compare`       two results: what became slower
 `again`         rows whose rounds scatter, once more
@@ -151,7 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="RESULTS",
         help="say which targets a whole run reached; the exit status is 1 if it missed one",
     )
-    other.add_argument("--readme", type=Path, metavar="RESULTS", help="print the README's table")
+    other.add_argument("--readme", type=Path, metavar="RESULTS", help="print the table in Markdown")
     other.add_argument(
         "--compare",
         type=Path,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Results as JSON, as a table for the terminal, and as the table of the README."""
+"""Results as JSON, as a table for the terminal, and as one in Markdown."""
 
 import datetime
 import importlib.metadata
@@ -230,7 +230,8 @@ def setting_of(row: Row) -> str:
     return where if row["dtype"] == "float32" else f"{where}, {row['dtype']}"
 
 
-def _column(row: Row) -> str:
+def column(row: Row) -> str:
+    """The setting of a row as the heading of its column."""
     last = ", channels_last" if row["layout"] == "channels_last" else ""
     return setting_of(row) + last
 
@@ -245,12 +246,12 @@ def _markdown_cell(row: Row, peers: Sequence[str]) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The table of the README: one line per workload and direction, one column per setting."""
+    """The table of docs/speed.md: a line for each workload and direction, by setting."""
     rows: list[Row] = [row for row in results["rows"] if row["ok"]]
-    settings = list(dict.fromkeys(_column(row) for row in rows))
+    settings = list(dict.fromkeys(column(row) for row in rows))
     if not rows:
         return "No row was timed.\n"
-    found = {(r["workload"], r["direction"], _column(r)): r for r in rows}
+    found = {(r["workload"], r["direction"], column(r)): r for r in rows}
     machine, versions = results["machine"], results["versions"]
     where = machine.get("gpu") if rows[0]["device"] == "cuda" else machine["processor"]
     commit = results["commit"] or ""
