@@ -24,6 +24,8 @@ version = release = glimpse_ext.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
+# Shell lines with <placeholders> are no shell.
+suppress_warnings = ["misc.highlighting_failure"]
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"

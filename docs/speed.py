@@ -132,6 +132,13 @@ def against_the_fastest(row: report.Row) -> str:
     return f"{f'**{ratio}**' if ratios[name] >= 1 else ratio} {name}, {time}"
 
 
+def described(row: report.Row) -> str:
+    """A workload with its operator, unless what it is names that."""
+    what = row["what"].split(": ")[-1]
+    operator = "" if row["operator"] in what else f"`{row['operator']}`, "
+    return f"{row['workload']}: {operator}{what}"
+
+
 def readme_table(results: report.Results) -> str:
     """A line for each workload and direction; first all those in which some peer is faster."""
     rows = [r for r in results["rows"] if r["ok"] and plain(r)]
@@ -140,7 +147,7 @@ def readme_table(results: report.Results) -> str:
     settings = settings_of(rows)
     keys = dict.fromkeys((r["workload"], r["direction"]) for r in rows)
     found = {(r["workload"], r["direction"], report.column(r)): r for r in rows}
-    what = {r["workload"]: r["what"].split(":")[0].split(",")[0] for r in rows}
+    names = {r["workload"]: described(r) for r in rows}
     versions, commit = results["versions"], results["commit"][:10]
     lines = [
         f"{results['machine']['processor']}, {results['machine']['cores']} cores, torch "
@@ -158,7 +165,7 @@ def readme_table(results: report.Results) -> str:
             else "–"
             for setting in settings
         ]
-        lines.append(f"| {workload} {what[workload]} | {direction} | {' | '.join(cells)} |")
+        lines.append(f"| {names[workload]} | {direction} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -91,7 +91,7 @@ def paste_masks_to_rle(
     >>> import torch, glimpse_ext
     >>> mask = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]])
     >>> glimpse_ext.paste_masks_to_rle(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4))
-    [{'size': [2, 4], 'counts': b'313'}]
+    [{'size': [2, 4], 'counts': b'323'}]
     """
     masks, _ = prepare_masks(_NAME, masks, boxes)
     height, width = image_extent(_NAME, image_size)
