@@ -168,8 +168,8 @@ class Call:
             # 16-bit maps are compared in float32: originals round positions, or have no kernel.
             wide = dtype in _WIDE
             expected = _run(self.original, args, kwargs, gradients, dtype, wide)
-        except Exception as error:
-            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        except Exception as problem:
+            why = f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
             compared.failed[why] = compared.failed.get(why, 0) + 1
             return
         finally:

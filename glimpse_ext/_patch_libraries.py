@@ -176,9 +176,7 @@ def _detectron2_rotated(call: Call) -> Function:
         input: Tensor, roi: Tensor, output_size: Any, spatial_scale: float, sampling_ratio: int
     ) -> Any:
         left = _left(input, roi)
-        return call(
-            roi_align_rotated, left, input, roi, output_size, spatial_scale, sampling_ratio
-        )
+        return call(roi_align_rotated, left, input, roi, output_size, spatial_scale, sampling_ratio)
 
     return replacement
 
@@ -254,9 +252,7 @@ def _detectron2_paste(call: Call) -> Function:
         boxes = boxes if isinstance(boxes, Tensor) else boxes.tensor
         return paste_masks(masks, boxes, (int(height), int(width)), threshold)
 
-    def replacement(
-        masks: Tensor, boxes: Any, image_shape: Any, threshold: float = 0.5
-    ) -> Any:
+    def replacement(masks: Tensor, boxes: Any, image_shape: Any, threshold: float = 0.5) -> Any:
         left = _left(masks)
         if left is None and len(masks) == 0:
             left = "no masks"

@@ -18,7 +18,16 @@ torchvision = pytest.importorskip(
     "torchvision", reason="the library to patch is not installed: pip install torchvision"
 )
 detection = pytest.importorskip("torchvision.models.detection")
-SIZE = 128
+SIZE = 96
+# Of proposals and detections, so that a test takes a second.
+FEW = {
+    "rpn_pre_nms_top_n_train": 200,
+    "rpn_post_nms_top_n_train": 100,
+    "rpn_pre_nms_top_n_test": 100,
+    "rpn_post_nms_top_n_test": 40,
+    "box_batch_size_per_image": 32,
+    "box_detections_per_img": 10,
+}
 
 
 @pytest.fixture(params=["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"])
@@ -26,14 +35,19 @@ def model(request):
     """With random weights, in float64, so that no detection hangs on a last bit."""
     torch.manual_seed(0)
     made = getattr(detection, request.param)(
-        weights=None, weights_backbone=None, num_classes=5, min_size=SIZE, max_size=2 * SIZE
+        weights=None,
+        weights_backbone=None,
+        num_classes=5,
+        min_size=SIZE,
+        max_size=2 * SIZE,
+        **FEW,
     )
     return made.double()
 
 
 def images():
     generator = torch.Generator().manual_seed(1)
-    sizes = [(3, SIZE, 160), (3, 144, SIZE)]
+    sizes = [(3, SIZE, 120), (3, 108, SIZE)]
     return [torch.rand(s, generator=generator, dtype=torch.float64) for s in sizes]
 
 
@@ -41,7 +55,7 @@ def targets():
     found = []
     for image in images():
         height, width = image.shape[1:]
-        boxes = torch.tensor([[10.0, 12, 70, 90], [40, 30, 120, 100], [5, 60, 60, 110]])
+        boxes = torch.tensor([[8.0, 9, 52, 68], [30, 22, 90, 75], [4, 45, 45, 82]])
         masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
             mask[y1:y2, x1:x2] = 1
@@ -325,7 +339,7 @@ def test_verify_compares_16_bits_with_float32(dtype):
         torchvision.ops.roi_align(image, boxes, 7, 1.0, 2).sum().backward()
     compared = patch.report["torchvision.ops.roi_align.roi_align"]
     assert (compared.compared, compared.differing) == (1, 0), compared
-    assert 0 < compared.largest_gradient
+    assert compared.largest_gradient > 0
 
 
 def test_verify_changes_nothing():
@@ -366,7 +380,7 @@ def test_the_report_can_be_read():
     with glimpse_ext.patch("torchvision", verify=True) as patch:
         torchvision.ops.roi_align(image, boxes, 3)
         torchvision.ops.roi_align(image, boxes.double(), 3)
-        torch.jit.trace(torchvision.ops.RoIAlign(3, 1.0, 2), (image, boxes))
+        torch.jit.trace(torchvision.ops.RoIAlign(3, 1.0, 2), (image, boxes), check_trace=False)
     head, *lines = str(patch.report).splitlines()
     assert head.split() == ["calls", "compared", "differing", "result", "gradient"]
     assert lines[0].split()[:4] == ["torchvision.ops.roi_align.roi_align", "2", "1", "0"]
