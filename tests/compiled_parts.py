@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Stand-ins for the compiled parts of detectron2 and mmcv, in plain PyTorch.
 
-Both are hard to build for a given torch, and mmcv cannot even be imported without. What is tested is
-how their Python calls what is replaced, so their Python is the real one; the few compiled functions
-that it reaches are these, which read one sample after the other as the originals say they do and
+Both are hard to build for a given torch, and mmcv cannot even be imported without. What is tested
+is how their Python calls what is replaced, so their Python is the real one; the few compiled
+functions that it reaches are these, which read one sample after the other as the originals do and
 share no code with this package. Where the real compiled part is installed it is used.
 """
 
@@ -162,9 +162,7 @@ def _roi_align_backward(
 
     place = ((aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned)
     mean = pool_mode == 1
-    _into(
-        grad_input, grad_output, lambda m: _pool(m, rois, _box, *place) if mean else largest(m)
-    )
+    _into(grad_input, grad_output, lambda m: _pool(m, rois, _box, *place) if mean else largest(m))
 
 
 def _turned(rois, clockwise):

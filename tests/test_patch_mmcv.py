@@ -69,9 +69,7 @@ def check(call, name, features=None):
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_roi_align(pool_mode, aligned, sampling_ratio):
     name = "mmcv.ops.roi_align.roi_align"
-    check(
-        lambda f: ops.roi_align(f, rois(), (3, 5), 0.5, sampling_ratio, pool_mode, aligned), name
-    )
+    check(lambda f: ops.roi_align(f, rois(), (3, 5), 0.5, sampling_ratio, pool_mode, aligned), name)
     layer = ops.RoIAlign((3, 5), 0.5, sampling_ratio, pool_mode, aligned)
     check(lambda f: layer(f, rois()), name)
 
