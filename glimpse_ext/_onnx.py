@@ -76,9 +76,7 @@ def _range(count: Any) -> Value:
 
 def _column(rows: Value, column: int, dtype: Any) -> Value:
     """``[K, 1]`` of ``[K, columns]``."""
-    return op.Cast(
-        op.Slice(rows, _integers(column), _integers(column + 1), _integers(1)), to=dtype
-    )
+    return op.Cast(op.Slice(rows, _integers(column), _integers(column + 1), _integers(1)), to=dtype)
 
 
 def _columns(rows: Value, first: int, last: int) -> Value:
@@ -103,7 +101,7 @@ def _even_images(count: Value, images: Value) -> Value:
     return op.Div(_range(count), each)
 
 
-# ------------------------------------------------------------------------------------------ RoiAlign
+# ----------------------------------------------------------------------------------------- RoiAlign
 
 
 def _pool(
@@ -596,7 +594,7 @@ def _subpixel_glimpse(
     return _result(_mean_of_squares(values, scale), input)
 
 
-# --------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 def _paste_positions(low: Value, high: Value, mask: Value, pixels: Any, dtype: Any) -> Value:
@@ -715,7 +713,7 @@ def _roi_align_rotated(
     return _result(_mean_of_squares(values, sampling_ratio), input)
 
 
-# ------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def _refuses(name: str, reason: str) -> Callable[..., Any]:
@@ -725,9 +723,7 @@ def _refuses(name: str, reason: str) -> Callable[..., Any]:
     return refuse
 
 
-_DERIVATIVE = (
-    "it is a derivative, and ONNX models hold values; export the forward pass of a model in eval mode"
-)
+_DERIVATIVE = "it belongs to a derivative, and ONNX models hold values; export a forward pass"
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _ops.roi_align.default: _roi_align,

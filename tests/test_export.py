@@ -66,8 +66,10 @@ def operators_in(program: torch.export.ExportedProgram) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    """Nothing compiled before, and an error where something is compiled a second time."""
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
     torch._dynamo.reset()
 
 
@@ -89,8 +91,7 @@ def test_compile_does_not_compile_again(op, close):
             image, boxes = inputs_of(op, case)
             named = {"image": image, "boxes": boxes}
             leaves = [named[name].requires_grad_() for name in op.gradients]
-            with torch._dynamo.config.patch(error_on_recompile=case is not CASES[0]):
-                value = function(image, boxes)
+            value = function(image, boxes)
             results.append((value.detach(), *torch.autograd.grad(value, leaves)))
         for got, expected in zip(*results, strict=True):
             size = max(1.0, float(expected.abs().max()))
@@ -185,8 +186,7 @@ def test_compile_of_functions(function, close):
     compiled = torch.compile(function.call, fullgraph=True, dynamic=True, backend="aot_eager")
     for case in CASES:
         image, boxes = case.image(F32), case.boxes(F32)
-        with torch._dynamo.config.patch(error_on_recompile=case is not CASES[0]):
-            got = compiled(image, boxes)
+        got = compiled(image, boxes)
         expected = function.call(image, boxes)
         assert got.dtype == expected.dtype
         close(got.float(), expected.float(), detail=str(case.shape))
@@ -207,8 +207,7 @@ def test_inductor(close):
         for function in (compiled, loss):
             masks = random_tensor((count, 5, 6), F32, f"masks {count}")
             leaves = [t.requires_grad_() for t in (case.image(F32), masks, case.boxes(F32))]
-            with torch._dynamo.config.patch(error_on_recompile=case is not CASES[0]):
-                value = function(*leaves)
+            value = function(*leaves)
             results.append((value.detach(), *torch.autograd.grad(value, leaves)))
         for got, expected in zip(*results, strict=True):
             size = max(1.0, float(expected.abs().max()))
@@ -283,12 +282,16 @@ def test_aot_inductor(close, tmp_path):
 
     class Model(torch.nn.Module):
         def forward(self, image, boxes):
-            return [op.call(image, own, CASES[0]) for op, own in zip(ONE_OF_EACH, boxes)]
+            pairs = zip(ONE_OF_EACH, boxes, strict=True)
+            return [op.call(image, own, CASES[0]) for op, own in pairs]
 
     def inputs(case):
         return case.image(F32), [op.boxes(case).float() for op in ONE_OF_EACH]
 
-    sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, [dynamic(op)[1] for op in ONE_OF_EACH])
+    sizes = (
+        {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},
+        [dynamic(op)[1] for op in ONE_OF_EACH],
+    )
     program = torch.export.export(Model(), inputs(CASES[0]), dynamic_shapes=sizes)
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(
