@@ -183,7 +183,8 @@ def _roi_align_max(
     size = (pooled_height * sampling_ratio, pooled_width * sampling_ratio)
     samples = _pool(name, input, index, _columns(boxes, 1, 5), spatial_scale, size, 1, aligned)
     square = [sampling_ratio, sampling_ratio]
-    largest = _result(op.MaxPool(samples, kernel_shape=square, strides=square), input)
+    largest, _ = op.MaxPool(samples, kernel_shape=square, strides=square)
+    largest = _result(largest, input)
     # Which sample it was is what gradients need.
     nothing = ir.tensor([0], dtype=ir.DataType.INT32)
     return largest, op.ConstantOfShape(op.Shape(largest), value=nothing)

@@ -21,9 +21,9 @@ F32 = torch.float32
 # Rows that differ in numbers only are one operator to a compiler.
 ONE_OF_EACH = list({op.public: op for op in OPERATORS}.values())
 
-# Images, boxes, height and width. All of a row are different, because a compiler takes sizes that
-# are equal in the first call for one size.
-SIZES = [(3, 5, 13, 11), (4, 9, 7, 18), (2, 6, 21, 9), (5, 17, 8, 31)]
+# Images, boxes, height and width. Those of the first call are all different, and no number of
+# columns of a box, because a compiler takes sizes that are equal then for one size.
+SIZES = [(8, 7, 13, 11), (4, 9, 7, 18), (2, 6, 21, 9), (5, 17, 8, 31)]
 
 
 def case_of(images: int, count: int, height: int, width: int) -> Case:
@@ -192,6 +192,7 @@ def test_compile_of_functions(function, close):
         close(got.float(), expected.float(), detail=str(case.shape))
 
 
+@pytest.mark.slow
 def test_inductor(close):
     """The default backend between operators of its own, in both directions."""
 
@@ -222,7 +223,7 @@ def test_run_lengths_stay_outside_of_graphs():
     def encode(masks, boxes):
         return glimpse_ext.paste_masks_to_rle(masks.sigmoid(), boxes, (8, 7))
 
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
         torch.compile(encode, fullgraph=True, backend="aot_eager")(masks, boxes)
     torch._dynamo.reset()
     assert torch.compile(encode, backend="aot_eager")(masks, boxes) == encode(masks, boxes)
