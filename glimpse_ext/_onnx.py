@@ -249,6 +249,9 @@ def _multiscale_roi_align(
     dtype = _coordinate_dtype(first)
     index = _image_of_column(boxes)
     corners = op.Cast(_columns(boxes, 1, 5), to=dtype)
+    if levels is None and len(features) == 1:
+        way = (scales[0], size, sampling_ratio, aligned)
+        return _result(_pool(name, first, index, corners, *way), first)
     if levels is None:
         x1, y1, x2, y2 = (_column(corners, i, dtype) for i in range(4))
         area = op.Squeeze(op.Mul(op.Sub(x2, x1), op.Sub(y2, y1)), _integers(1))
@@ -266,18 +269,9 @@ def _multiscale_roi_align(
     rows, parts = [], []
     for i, image in enumerate(features):
         own = op.Squeeze(op.NonZero(op.Equal(level, _integers(i))), _integers(0))
-        part = _pool(
-            name,
-            image,
-            op.Gather(index, own),
-            op.Gather(corners, own),
-            scales[i],
-            size,
-            sampling_ratio,
-            aligned,
-        )
+        way = (scales[i], size, sampling_ratio, aligned)
         rows.append(own)
-        parts.append(part)
+        parts.append(_pool(name, image, op.Gather(index, own), op.Gather(corners, own), *way))
     shape = op.Concat(_extent(boxes, 0), _extent(first, 1), _integers(*size), axis=0)
     pooled = op.ScatterND(
         op.Expand(_constant(0.0, dtype), shape),

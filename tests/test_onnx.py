@@ -25,7 +25,18 @@ TOLERANCE = Tolerance(1e-5, 1e-5, "sums in another order, by another compiler")
 ops = torch.ops.glimpse_ext
 
 
+class Function(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
 def export(model, inputs, dynamic_shapes):
+    if isinstance(model, Function) and dynamic_shapes is not None:
+        dynamic_shapes = (dynamic_shapes,)  # of its one argument, *inputs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about itself
         return torch.onnx.export(
@@ -60,15 +71,6 @@ class Session:
     @property
     def nodes(self):
         return [node.op_type for node in self.program.model.graph]
-
-
-class Function(torch.nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
 
 
 # ------------------------------------------------------------------------------ every operator
@@ -217,7 +219,7 @@ def test_given_levels():
 
 
 def test_one_map_of_a_pyramid():
-    """A box with one negative side has no level, also where there is one level only."""
+    """With one level every box belongs to it, those with a negative side, too."""
 
     def call(image, boxes):
         return glimpse_ext.multiscale_roi_align([image], boxes, 2, (0.25,), aligned=True)
