@@ -273,9 +273,8 @@ def test_export_takes_no_box_and_one():
     """Whatever the number of boxes it was exported with."""
     op = next(op for op in ONE_OF_EACH if op.public == "multiscale_roi_align")
     call = Call(op)
-    sizes = ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, {0: Dim("boxes", min=0)})
-    program = torch.export.export(call, inputs_of(op, CASES[0]), dynamic_shapes=sizes)
     image, boxes = inputs_of(op, CASES[0])
+    program = torch.export.export(call, (image, boxes), dynamic_shapes=dynamic(op))
     for count in (0, 1, 2, 5):
         got = program.module()(image, boxes[:count])
         assert torch.equal(got, call(image, boxes[:count]))
