@@ -210,7 +210,7 @@ def _level_areas(
         half, zero, one = area / 2, torch.zeros_like(area), torch.ones_like(area)
         boxes = torch.stack([zero, -half, zero, half, one], 1)
         rule = (canonical_size, canonical_level, assign)
-        pooled = _ops.multiscale_roi_align.default(
+        pooled: torch.Tensor = _ops.multiscale_roi_align.default(
             maps, boxes, None, 1, 1, list(scales), 1, True, *rule
         )
         return pooled.flatten()

@@ -67,6 +67,19 @@ bool agree(const char* what, const at::Tensor& got, const at::Tensor& expected) 
   return close;
 }
 
+/// Wrong arguments throw, with the words that Python has.
+bool refuses_wrong_boxes(const at::Tensor& image, const at::Tensor& boxes) {
+  try {
+    roi_align(image, boxes.slice(1, 0, 3), 1.0, 7, 7, 2, true);
+  } catch (const std::exception& error) {
+    const std::string message = error.what();
+    std::printf("refused: %s\n", message.substr(0, message.find('\n')).c_str());
+    return message.find("roi_align: boxes must be [K, 5]") != std::string::npos;
+  }
+  std::printf("boxes of three columns were taken\n");
+  return false;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) try {
@@ -84,6 +97,7 @@ int main(int argc, char** argv) try {
     good &= agree("  compiled model", scores, tensors["scores"]);
     const at::Tensor pooled = roi_align(image, boxes, 1.0, 7, 7, 2, true);
     good &= agree("  roi_align by name", pooled, tensors["pooled"]);
+    if (i == 2) good &= refuses_wrong_boxes(image, boxes);
   }
   return good ? 0 : 1;
 } catch (const c10::Error& error) {
