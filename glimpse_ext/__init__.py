@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every box-shaped read of an image as fast, deterministic, differentiable PyTorch operators."""
 
-from . import _library, nn, reference
+from pathlib import Path as _Path
+
+from . import _library, nn, onnx, reference
 from ._arguments import set_check_indices
 from ._memory import set_huge_pages
 from .convert_boxes import convert_boxes
@@ -22,6 +24,7 @@ __all__ = [
     "extract_glimpse",
     "multiscale_roi_align",
     "nn",
+    "onnx",
     "paste_masks",
     "paste_masks_to_rle",
     "patch",
@@ -36,3 +39,6 @@ __all__ = [
 __version__ = "0.1.0"
 
 library_info = _library.library_info
+
+cmake_prefix_path = str(_Path(__file__).resolve().parent / "share" / "cmake")
+"""Where CMake's ``find_package(glimpse_ext)`` finds the libraries of this installation."""

@@ -148,10 +148,14 @@ def _exact(
 ) -> Tensor:
     """Windows of whole pixels of one scale."""
     _refuse_offset_gradients(offsets)
-    wide = offsets.dtype == torch.float64 or max(*input.shape[2:], *size) > _LARGEST_SINGLE
-    if wide and input.dtype != torch.float64 and _moves(input):
-        # Derivatives find their windows in the precision of the image.
-        return _exact_glimpse(input.double(), offsets, seed, *size, *rule, noise).to(input.dtype)
+    if input.dtype != torch.float64 and _moves(input):
+        # Derivatives find their windows in the precision of the image. Sides one by one: the
+        # larger of two that are symbols would make a graph that holds for one order of them.
+        sides = (*input.shape[2:], *size)
+        wide = offsets.dtype == torch.float64 or any(side > _LARGEST_SINGLE for side in sides)
+        if wide:
+            copied = _exact_glimpse(input.double(), offsets, seed, *size, *rule, noise)
+            return copied.to(input.dtype)
     return _exact_glimpse(input, offsets, seed, *size, *rule, noise)
 
 
