@@ -304,7 +304,11 @@ def runs(photographs, tmp_path_factory):
     broken = {"broken": ["--save-every", 4, "--stop-after", 5]}
     torchrun(2, photographs, folder, {"whole": [], **broken})
     assert [line["step"] for line in of(read(folder / "broken"), "step")] == [1, 2, 3, 4, 5]
-    more = {"broken": ["--resume"], "again": ["--workers", 1], "sharded": ["--fsdp", "--stop-after", 4]}
+    more = {
+        "broken": ["--resume"],
+        "again": ["--workers", 1],
+        "sharded": ["--fsdp", "--stop-after", 4],
+    }
     torchrun(2, photographs, folder, more)
     return {name: read(folder / name) for name in ("whole", "broken", "again", "sharded")}
 
