@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every box-shaped read of an image as fast, deterministic, differentiable PyTorch operators."""
 
+__version__ = "0.1.0"
+
 from . import _library, nn, reference
 from ._arguments import set_check_indices
+from ._library import FallbackWarning
 from ._memory import set_huge_pages
 from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
@@ -14,6 +17,7 @@ from .roi_align import multiscale_roi_align, roi_align
 from .roi_align_rotated import roi_align_rotated
 
 __all__ = [
+    "FallbackWarning",
     "PastedRLE",
     "Patch",
     "convert_boxes",
@@ -32,7 +36,5 @@ __all__ = [
     "set_check_indices",
     "set_huge_pages",
 ]
-
-__version__ = "0.1.0"
 
 library_info = _library.library_info

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Processes that were forked or spawned compute the same bits and end.
+
+OpenMP waits forever where a process has used it and a fork of it does again, so each case runs in
+an interpreter of its own, with a time limit.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import glimpse_ext
+
+# The parent computes with two threads; then two workers of a DataLoader do, in the way that is
+# named; they set the number of threads again, which a DataLoader set to one.
+LOADER = """
+import sys
+import torch
+import glimpse_ext
+
+def compute(seed):
+    image = torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(seed))
+    image.requires_grad_()
+    boxes = torch.tensor([[0.0, 3, 5, 50, 60], [0, 10, 2, 40, 33]]).repeat(40, 1)
+    pooled = glimpse_ext.roi_align(image, boxes, 14, aligned=True)
+    crops = glimpse_ext.crop(image, boxes, 14, box_format="pixels")
+    (gradient,) = torch.autograd.grad((pooled * crops).sum(), image)
+    pasted = glimpse_ext.paste_masks(image[0].sigmoid(), boxes[:32, 1:], (300, 400))
+    return [pooled.detach(), crops.detach(), gradient, pasted]
+
+class Samples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, seed):
+        torch.set_num_threads(2)
+        return compute(seed)
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    expected = [compute(seed) for seed in range(4)]
+    loader = torch.utils.data.DataLoader(
+        Samples(), batch_size=None, num_workers=2, multiprocessing_context=sys.argv[1]
+    )
+    for found, wanted in zip(loader, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    # And once more where the workers came from.
+    again = compute(0)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected[0], strict=True))
+    print("the same bits")
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader(method, tmp_path):
+    script = tmp_path / "load.py"
+    script.write_text(LOADER)
+    package = Path(glimpse_ext.__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, str(script), method],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(package), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the same bits" in done.stdout
