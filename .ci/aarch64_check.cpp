@@ -144,7 +144,8 @@ bool check(const std::string& name, const Operator& op) {
     good = good && worst <= tolerance;
     std::printf("%s float%d %s: %016llx, error %s\n", name.c_str(), static_cast<int>(8 * sizeof(T)),
                 layout == Layout::kNhwc ? "channels last" : "contiguous",
-                static_cast<unsigned long long>(bits_of(ours)), worst <= tolerance ? "ok" : "WRONG");
+                static_cast<unsigned long long>(bits_of(ours)),
+                worst <= tolerance ? "ok" : "WRONG");
   }
   return good;
 }

@@ -48,7 +48,10 @@ FALLS_BACK = {
     "another file": (lambda data: b"<html>" + data[6:], "is no library"),
 }
 if _library.platform.machine() == "x86_64":
-    FALLS_BACK["another machine"] = (another_machine, "is built for aarch64 and this Python runs on")
+    FALLS_BACK["another machine"] = (
+        another_machine,
+        "is built for aarch64 and this Python runs on",
+    )
 
 
 @pytest.mark.parametrize("case", FALLS_BACK)
@@ -87,7 +90,7 @@ def test_a_library_of_other_sources_raises(folder):
 
 def test_the_source_folder_is_not_mistaken_for_an_installation(folder):
     (folder.parent / "CMakeLists.txt").touch()
-    with pytest.raises(ImportError, match="shadows an installed package.*pip install -e"):
+    with pytest.raises(ImportError, match=r"shadows an installed package.*pip install -e"):
         _library._load_cpu()
 
 

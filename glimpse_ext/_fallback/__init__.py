@@ -96,14 +96,10 @@ def _points_gradients(
     to_input: bool,
 ) -> list[Tensor]:
     name = "point_sample"
-    check(
-        len(sizes) == 4, name, f"expects the sizes N, C, height, width, got {len(sizes)} numbers"
-    )
+    check(len(sizes) == 4, name, f"expects the sizes N, C, height, width, got {len(sizes)} numbers")
     where = _of_lists(points, align_corners, sizes[0])
     size = (sizes[0], sizes[1], points.shape[1])
-    check(
-        tuple(grad.shape) == size, name, f"the gradient must be {list(size)}, got ", grad.shape
-    )
+    check(tuple(grad.shape) == size, name, f"the gradient must be {list(size)}, got ", grad.shape)
     cells = grad.transpose(1, 2).reshape(-1, sizes[1], 1, 1)
     gradients = []
     if to_input:
@@ -144,8 +140,9 @@ def register() -> None:
     _registered.append(library)
     for schema in _schemas.SCHEMAS:
         library.define(schema)
-    for name, kernel in KERNELS.items():
-        implement(name, kernel)
+    for name in _schemas.NAMES:
+        if name in KERNELS:
+            implement(name, KERNELS[name])
 
 
 def implement(name: str, kernel: Callable[..., Any]) -> None:

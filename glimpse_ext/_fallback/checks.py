@@ -154,9 +154,7 @@ def check_tangent(name: str, tangent: Tensor | None, boxes: Tensor, like: Tensor
 
 
 def check_output_size(name: str, sizes: Sequence[int]) -> tuple[int, int]:
-    check(
-        len(sizes) == 2, name, f"expects an output height and width, got {len(sizes)} numbers"
-    )
+    check(len(sizes) == 2, name, f"expects an output height and width, got {len(sizes)} numbers")
     for size in sizes:
         check(
             0 <= size <= LARGEST_SIDE,
@@ -168,17 +166,13 @@ def check_output_size(name: str, sizes: Sequence[int]) -> tuple[int, int]:
 
 
 def check_gradient(name: str, grad: Tensor) -> None:
-    check(
-        is_float(grad), name, "the gradient must be a float tensor, got ", dtype_name(grad.dtype)
-    )
+    check(is_float(grad), name, "the gradient must be a float tensor, got ", dtype_name(grad.dtype))
 
 
 def check_pooled(
     name: str, what: str, tensor: Tensor, size: tuple[int, int, int, int], like: Tensor
 ) -> None:
-    check(
-        tuple(tensor.shape) == size, name, f"{what} must be {list(size)}, got ", tensor.shape
-    )
+    check(tuple(tensor.shape) == size, name, f"{what} must be {list(size)}, got ", tensor.shape)
     check_same_device(name, what, tensor, like)
 
 

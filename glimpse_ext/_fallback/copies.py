@@ -206,9 +206,7 @@ def _reached(axis: Axis, anchor: Tensor, k: int, pixels: int, mask: int) -> tupl
 def _met(taps: Taps, lines: Tensor) -> Tensor:
     """Taps of the lines ``[M, ...]``, each operation rounded once, as thresholds ask for."""
     shape = (-1,) + (1,) * (lines.dim() - 1)
-    first, second = (
-        lines[taps.pixel[:, i]] * taps.weight[:, i].reshape(shape) for i in range(2)
-    )
+    first, second = (lines[taps.pixel[:, i]] * taps.weight[:, i].reshape(shape) for i in range(2))
     one, two = (taps.there[:, i].reshape(shape) for i in range(2))
     return torch.where(one & two, first + second, torch.where(one, first, second))
 

@@ -281,7 +281,9 @@ class Call:
         if self.motion is not None:
             slopes_y, slopes_x = self.slopes(visit)
             motion = self.motion[visit.box]
-            by_y, by_x = ((slopes * motion).sum(1)[:, None, None] for slopes in (slopes_y, slopes_x))
+            by_y, by_x = (
+                (slopes * motion).sum(1)[:, None, None] for slopes in (slopes_y, slopes_x)
+            )
             weight = by_y * _product(y.slope, x.weight) + by_x * _product(y.weight, x.slope)
         return pixel, weight * self.factor[visit.box][:, None, None]
 
@@ -312,9 +314,7 @@ class Call:
         turned_y, turned_x = y * cosine - x * sine, y * sine + x * cosine
         if not turned:
             return (
-                torch.stack(
-                    [zero, centre, -sine * high_x, cosine * high_y, -slope * turned_x], 1
-                ),
+                torch.stack([zero, centre, -sine * high_x, cosine * high_y, -slope * turned_x], 1),
                 torch.stack([centre, zero, cosine * high_x, sine * high_y, slope * turned_y], 1),
             )
         assert self.motion is not None
@@ -324,9 +324,7 @@ class Call:
         angle_y = -slope * (moved_y * sine + moved_x * cosine + turn * turned_y)
         angle_x = slope * (moved_y * cosine - moved_x * sine - turn * turned_x)
         return (
-            torch.stack(
-                [zero, zero, -turn * cosine * high_x, -turn * sine * high_y, angle_y], 1
-            ),
+            torch.stack([zero, zero, -turn * cosine * high_x, -turn * sine * high_y, angle_y], 1),
             torch.stack([zero, zero, -turn * sine * high_x, turn * cosine * high_y, angle_x], 1),
         )
 
@@ -390,13 +388,13 @@ def grad_features(grad: Tensor, *args: Any) -> Tensor:
     name = where.name
     _check_operator(where)
     check(
-        len(sizes) == 4, name, f"expects the sizes N, C, H, W of the input, got {len(sizes)} numbers"
+        len(sizes) == 4,
+        name,
+        f"expects the sizes N, C, H, W of the input, got {len(sizes)} numbers",
     )
     check_gradient(name, grad)
     _check_boxes(where, grad)
-    check_pooled(
-        name, "the gradient", grad, (len(where.boxes), sizes[1], *where.output_size), grad
-    )
+    check_pooled(name, "the gradient", grad, (len(where.boxes), sizes[1], *where.output_size), grad)
     check(
         all(0 <= side <= LARGEST_SIDE for side in sizes[2:]),
         name,
@@ -444,7 +442,8 @@ def grad_boxes(input: Tensor, grad: Tensor, *place: Any) -> Tensor:
             by_x = in_both * (slopes_y * motion).sum(1)[:, None]
             turned_y, turned_x = call.slopes(visit, turned=True)
             moves = by_y * slopes_y + by_x * slopes_x + in_y * turned_y + in_x * turned_x
-        found.index_add_(0, visit.box, moves)
+        # What is dropped does not move, whatever numbers it has.
+        found.index_add_(0, visit.box, moves.masked_fill(~visit.kept[:, None], 0.0))
     result = torch.zeros(where.boxes.shape, dtype=call.dtype, device=input.device)
     columns = result.shape[1] - call.skip
     result[:, call.skip :] = found[:, :columns]
@@ -462,9 +461,7 @@ def maximum(
     where = Where(boxes, image_index, None, None, output_size, params, scale)
     call = _call(where, input)
     name = where.name
-    check(
-        params[1] <= 32768, name, f"sampling_ratio must be at most 32768, got {params[1]}"
-    )
+    check(params[1] <= 32768, name, f"sampling_ratio must be at most 32768, got {params[1]}")
     check(
         (input.shape[2] + 64) * (input.shape[3] + 64) <= 2**28,
         name,

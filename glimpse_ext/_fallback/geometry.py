@@ -259,8 +259,8 @@ def samples_within(axis: Axis, cells: int, low: Tensor, high: Tensor) -> Samples
         )
         begin = torch.where(samples > few, first, begin)
         end = torch.where(samples > few, last, end)
-        begin = torch.where(begin < end, begin, 0)
-        end = torch.where(begin < end, end, 0)
+        some = begin < end
+        begin, end = torch.where(some, begin, 0), torch.where(some, end, 0)
     count = end - begin
     number = torch.arange(int(count.sum()), device=count.device)
     flat = count.flatten()
@@ -270,9 +270,7 @@ def samples_within(axis: Axis, cells: int, low: Tensor, high: Tensor) -> Samples
     return Samples(row // max(cells, 1), row % max(cells, 1), sample, begin, count)
 
 
-def pairs(
-    first: Tensor, second: Tensor, at_once: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def pairs(first: Tensor, second: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """All pairs of a row of the first and one of the second list that belong to the same box.
 
     first, second: how many rows each box has, ``[K]``; rows lie in the order of boxes. Gives (box,

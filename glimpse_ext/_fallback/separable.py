@@ -50,9 +50,7 @@ class Operator(NamedTuple):
 def _roi_align(params: Sequence[float], name: str) -> Operator:
     check(len(params) == 2, name, f"expects 2 parameters, got {len(params)}")
     ratio, aligned = int(params[0]), params[1] != 0
-    check(
-        ratio <= geometry.MAX_SAMPLES, name, f"sampling_ratio must fit in 31 bits, got {ratio}"
-    )
+    check(ratio <= geometry.MAX_SAMPLES, name, f"sampling_ratio must fit in 31 bits, got {ratio}")
 
     def axis(lo: Tensor, hi: Tensor, scale: float, size: int, cells: int) -> Axis:
         return geometry.roi_align_axis(lo, hi, scale, aligned, ratio, cells)
@@ -160,8 +158,14 @@ class Rows(NamedTuple):
     """Of each box, ``[K]``."""
 
 
-def _rows(axis: Axis, motion: tuple[Tensor, Tensor] | None, op: Operator, size: int, cells: int,
-          dtype: torch.dtype) -> Rows:
+def _rows(
+    axis: Axis,
+    motion: tuple[Tensor, Tensor] | None,
+    op: Operator,
+    size: int,
+    cells: int,
+    dtype: torch.dtype,
+) -> Rows:
     bound = torch.full_like(axis.origin, op.border.reach)
     samples = geometry.samples_within(axis, cells, -bound, size - 1 + bound)
     position = axis.position(*samples[:3]).to(dtype)
@@ -223,7 +227,12 @@ class Call:
     """A call as all three applications see it."""
 
     def __init__(
-        self, op: Operator, where: Where, like: Tensor, images: int, sizes: Sequence[tuple[int, int]]
+        self,
+        op: Operator,
+        where: Where,
+        like: Tensor,
+        images: int,
+        sizes: Sequence[tuple[int, int]],
     ) -> None:
         name, sampler, boxes = op.name, where.sampler, where.boxes
         check_boxes(name, boxes, where.image_index, op.columns, op.even, like)
@@ -260,9 +269,7 @@ class Call:
         self.skip = boxes.shape[1] - (op.columns.count(",") + 1)
         numbers = boxes.to(self.dtype)
         width = boxes.shape[1] - self.skip
-        check(
-            where.axes == 0 or where.tangent is not None, name, "tangent axes need a tangent"
-        )
+        check(where.axes == 0 or where.tangent is not None, name, "tangent axes need a tangent")
         image, valid = images_of(name, numbers, where.image_index, width, images)
         self.levels = list(self._levels(numbers, image, valid, sizes))
 
@@ -310,7 +317,8 @@ class Call:
 
 def as_pixels(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, C, H, W] as [N * H * W, C]."""
-    return tensor.to(dtype).permute(0, 2, 3, 1).reshape(-1, tensor.shape[1])
+    count, channels, height, width = tensor.shape
+    return tensor.to(dtype).permute(0, 2, 3, 1).reshape(count * height * width, channels)
 
 
 def from_pixels(
@@ -367,8 +375,7 @@ def grad_features(
     check(
         len(sizes) >= 4 and len(sizes) % 2 == 0,
         name,
-        "expects the sizes N, C and height, width of each feature map, got "
-        f"{len(sizes)} numbers",
+        f"expects the sizes N, C and height, width of each feature map, got {len(sizes)} numbers",
     )
     check_gradient(name, grad)
     images, channels = sizes[:2]
