@@ -112,7 +112,7 @@ SAID = {
     "/lib/libc.so.6: version `GLIBC_2.38' not found (required by x.so)": "needs GLIBC_2.38, and "
     "the C library of this system is older",
     "libstdc++.so.6: version `GLIBCXX_3.4.99' not found": "the C++ library of this system is older",
-    "libtorch_cpu.so: cannot open shared object file: No such file": "libtorch_cpu.so was not found",
+    "libtorch_cpu.so: cannot open shared object file: No": "libtorch_cpu.so was not found",
     "something else": "something else",
 }
 

@@ -221,7 +221,7 @@ class Call:
         at_once = max(AT_ONCE // (8 * max(self.channels, 1)), 1)
         for box, i, j in geometry.pairs(y.of_boxes(), x.of_boxes(), at_once):
             row = (box * height + y.cell[i]) * width + x.cell[j]
-            number = (y.sample[i] - y.first[box, y.cell[i]]) * x.count[box, x.cell[j]]
+            number = (y.sample[i] - y.first[box, y.cell[i]]) * x.counts[box, x.cell[j]]
             number = number + x.sample[j] - x.first[box, x.cell[j]]
             cell, sample = (y.cell[i], x.cell[j]), (y.sample[i], x.sample[j])
             yield self._visit(box, row, self.image[box], number, cell, sample)
@@ -236,9 +236,9 @@ class Call:
             cell_x, cell_y = row % width, row // width % height
             channel = row // (width * height) % self.channels
             box = row // (width * height * self.channels)
-            columns = x.count[box, cell_x]
+            columns = x.counts[box, cell_x]
             # Nothing that a caller can put into `chosen` leads outside the cell.
-            real = (number >= 0) & (number < y.count[box, cell_y] * columns)
+            real = (number >= 0) & (number < y.counts[box, cell_y] * columns)
             box, row, number, columns, channel, cell_y, cell_x = (
                 v[real] for v in (box, row, number, columns, channel, cell_y, cell_x)
             )
@@ -524,7 +524,7 @@ def _dropped_around(call: Call) -> tuple[Tensor, Tensor]:
         shape = (len(of_y), of_y.shape[1], of_x.shape[1])
         return of_y[:, :, None].expand(shape), of_x[:, None, :].expand(shape)
 
-    rows, columns = cells(y.count, x.count)
+    rows, columns = cells(y.counts, x.counts)
     first_row, first_column = cells(y.first, x.first)
     all_rows, all_columns = axis_y.samples[:, None, None], axis_x.samples[:, None, None]
     window = rows * columns

@@ -212,18 +212,18 @@ def border_taps(border: Border, position: Tensor, size: int) -> Taps:
 
 
 class Samples(NamedTuple):
-    """Samples of all boxes in the order of boxes, cells, samples. ``first``, ``count``: of each
+    """Samples of all boxes in the order of boxes, cells, samples. ``first``, ``counts``: of each
     cell, ``[K, cells]``."""
 
     box: Tensor
     cell: Tensor
     sample: Tensor
     first: Tensor
-    count: Tensor
+    counts: Tensor
 
     def of_boxes(self) -> Tensor:
         """Their number in each box."""
-        return self.count.sum(1)
+        return self.counts.sum(1)
 
 
 def _passed(axis: Axis, bound: Tensor, inclusive: bool, cells: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._sampling import X, Y, Where, is_channels_last
+from .._sampling import Where, X, Y, is_channels_last
 from . import geometry
 from .checks import (
     check,
@@ -154,7 +154,7 @@ class Rows(NamedTuple):
     """The weight, or its derivative along the tangent."""
     slope_origin: Tensor
     slope_step: Tensor
-    count: Tensor
+    counts: Tensor
     """Of each box, ``[K]``."""
 
 
@@ -184,7 +184,9 @@ def _rows(
     factor = 1 / axis.samples.clamp(min=1).to(dtype)
     merged = merged * factor[box][:, None]
     count = torch.bincount(box, minlength=len(axis.origin))
-    return Rows(box, key // size % max(cells, 1), key % size, *merged.unbind(1), count)
+    weight, slope_origin, slope_step = merged.unbind(1)
+    cell, pixel = key // size % max(cells, 1), key % size
+    return Rows(box, cell, pixel, weight, slope_origin, slope_step, count)
 
 
 class Level(NamedTuple):
@@ -199,7 +201,7 @@ class Level(NamedTuple):
     def entries(self, cells: tuple[int, int], at_once: int) -> Iterator[Entries]:
         height, width = self.size
         y, x = self.rows
-        for box, i, j in geometry.pairs(y.count, x.count, at_once):
+        for box, i, j in geometry.pairs(y.counts, x.counts, at_once):
             cell = (self.boxes[box] * cells[0] + y.cell[i]) * cells[1] + x.cell[j]
             pixel = (self.image[box] * height + y.pixel[i]) * width + x.pixel[j]
             yield Entries(box, cell, pixel, i, j)
@@ -282,9 +284,11 @@ class Call:
         elif len(sizes) == 1:
             level = torch.zeros_like(image)
         else:
-            kind, size, middle = sampler.level_rule
+            kind, canonical, middle = sampler.level_rule
             assign = ("torchvision", "detectron2")[int(kind)]
-            level = reference.assign_levels(boxes, sampler.scales, size, int(middle), assign)
+            level = reference.assign_levels(
+                boxes, sampler.scales, canonical, int(middle), assign
+            )
         for number, (size, scale) in enumerate(zip(sizes, sampler.scales, strict=True)):
             mine = (valid & (level == number)).nonzero().flatten()
             if 0 in size:
