@@ -118,6 +118,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "extract_glimpse": copies.extract_glimpse,
     "paste_masks": copies.paste_masks,
     "paste_masks_threshold": copies.paste_masks_threshold,
+    "paste_masks_to_bits": copies.paste_masks_to_bits,
     "_paste_masks_runs": copies.paste_masks_runs,
     "_sample": _sample,
     "_sample_grad_features": _sample_grad_features,
@@ -141,13 +142,13 @@ def register() -> None:
     for schema in _schemas.SCHEMAS:
         library.define(schema)
     for name in _schemas.NAMES:
+        # Those without one here sample, and get theirs when they are registered.
         if name in KERNELS:
             implement(name, KERNELS[name])
 
 
 def implement(name: str, kernel: Callable[..., Any]) -> None:
-    # Run lengths are lists of unknown length, which the host makes.
-    for key in ("CPU",) if name == "_paste_masks_runs" else ("CPU", "CUDA"):
+    for key in ("CPU", "CUDA"):
         _registered[0].impl(name, kernel, key)
 
 

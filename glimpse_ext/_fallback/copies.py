@@ -314,6 +314,17 @@ def _thresholded(
     return images
 
 
+def paste_masks_to_bits(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float, snapped: bool
+) -> Tensor:
+    name = "paste_masks_to_bits"
+    check(threshold >= 0, name, f"threshold must be zero or more, got {threshold:g}")
+    images = _thresholded(name, masks, boxes, height, width, threshold, snapped)
+    padded = torch.nn.functional.pad(images.to(torch.uint8), (0, -width % 8))
+    bit = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    return (padded.unflatten(3, (-1, 8)) << bit).sum(4, dtype=torch.uint8)
+
+
 def _coco_counts(lengths: list[int]) -> bytes:
     text = bytearray()
     for i, length in enumerate(lengths):

@@ -286,9 +286,7 @@ class Call:
         else:
             kind, canonical, middle = sampler.level_rule
             assign = ("torchvision", "detectron2")[int(kind)]
-            level = reference.assign_levels(
-                boxes, sampler.scales, canonical, int(middle), assign
-            )
+            level = reference.assign_levels(boxes, sampler.scales, canonical, int(middle), assign)
         for number, (size, scale) in enumerate(zip(sizes, sampler.scales, strict=True)):
             mine = (valid & (level == number)).nonzero().flatten()
             if 0 in size:
