@@ -205,7 +205,8 @@ def add_sampler(name: str, bind: Callable[..., Any]) -> None:
     if cpu_path is None:
         from . import _fallback
 
-        _fallback.implement(name, _fallback.sampler_kernel(name, bind))
+        if name in _fallback.SAMPLERS:
+            _fallback.implement(name, _fallback.sampler_kernel(name, bind))
 
 
 def library_info() -> dict[str, str | None]:

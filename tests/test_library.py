@@ -138,6 +138,8 @@ def test_an_unknown_wish_is_refused(monkeypatch):
 
 
 def test_every_schema_is_that_of_the_library():
+    names = {name for name in torch._C._dispatch_get_all_op_names() if "glimpse_ext::" in name}
+    assert names == {f"glimpse_ext::{name}" for name in _schemas.NAMES}
     for schema in _schemas.SCHEMAS:
         name = schema.partition("(")[0]
         compiled = getattr(torch.ops.glimpse_ext, name).default._schema

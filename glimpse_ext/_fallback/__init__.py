@@ -130,7 +130,19 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "_frames_grad_features": frames.grad_features,
     "_frames_grad_boxes": frames.grad_boxes,
 }
-"""By operator; those that only sample are made by sampler_kernel."""
+"""By operator; those of SAMPLERS are made by sampler_kernel."""
+
+SAMPLERS = frozenset(
+    {
+        "roi_align",
+        "multiscale_roi_align",
+        "crop",
+        "crop_and_resize",
+        "point_sample",
+        "subpixel_glimpse",
+    }
+)
+"""Operators that are nothing but a place to sample at: they are implemented by what binds them."""
 
 _registered: list[torch.library.Library] = []
 
@@ -142,9 +154,18 @@ def register() -> None:
     for schema in _schemas.SCHEMAS:
         library.define(schema)
     for name in _schemas.NAMES:
-        # Those without one here sample, and get theirs when they are registered.
-        if name in KERNELS:
-            implement(name, KERNELS[name])
+        if name not in SAMPLERS:
+            implement(name, KERNELS.get(name) or _missing(name))
+
+
+def _missing(name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        raise RuntimeError(
+            f"{name}: is not there in plain PyTorch; it needs the compiled library, and "
+            "glimpse-ext doctor says why that is not used"
+        )
+
+    return kernel
 
 
 def implement(name: str, kernel: Callable[..., Any]) -> None:
@@ -154,12 +175,11 @@ def implement(name: str, kernel: Callable[..., Any]) -> None:
 
 def sampler_kernel(
     name: str, bind: Callable[..., tuple[Sequence[Tensor], Where]]
-) -> Callable[..., Any]:
-    """Of an operator that samples at the place that its arguments are bound to, if it is no other
-    one that has the derivatives of such an operator."""
+) -> Callable[..., Tensor]:
+    """Of an operator that samples at the place that its arguments are bound to."""
 
     def kernel(*args: Any) -> Tensor:
         features, where = bind(*args)
         return separable.sample(features, where, _NAMES_IN_ERRORS.get(name, ""))
 
-    return KERNELS.get(name, kernel)
+    return kernel
