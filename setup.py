@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Bridge from pip to CMakeLists.txt, the description of the build. Metadata is in pyproject.toml.
 
-Environment: GLIMPSE_CUDA=auto|0|1, GLIMPSE_TESTING=0|1 (the test module; default: when editable),
-GLIMPSE_TORCH_DIR, TORCH_CUDA_ARCH_LIST, MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL, CMAKE_ARGS.
+Environment: GLIMPSE_BUILD=1|0 (0: plain PyTorch, nothing is compiled), GLIMPSE_CUDA=auto|0|1,
+GLIMPSE_TESTING=0|1 (the test module; default: when editable), GLIMPSE_TORCH_DIR,
+TORCH_CUDA_ARCH_LIST, MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL, CMAKE_ARGS.
 """
 
 import os
@@ -41,6 +42,7 @@ def find_torch() -> str:
     return ""
 
 
+BUILD = ENV.get("GLIMPSE_BUILD", "1") != "0"
 TORCH_DIR = ENV.get("GLIMPSE_TORCH_DIR") or find_torch()
 
 
@@ -48,6 +50,14 @@ class CMakeBuild(build_ext):
     """Configures, builds and copies the libraries into the package, in the tree when editable."""
 
     def run(self) -> None:
+        compilers = [ENV["CXX"].split()[0]] if ENV.get("CXX") else ["c++", "g++", "clang++"]
+        if not any(map(shutil.which, compilers)):
+            raise SystemExit(
+                f"glimpse_ext: no C++ compiler was found (looked for {', '.join(compilers)}). "
+                "Install one (Debian and Ubuntu: apt-get install g++), install a wheel, or set "
+                "GLIMPSE_BUILD=0 to install without compiled code: the same numbers in plain "
+                "PyTorch, many times slower."
+            )
         path = ENV.get("PATH", "") + os.pathsep + sysconfig.get_path("scripts")
         cmake, ninja = (shutil.which(tool, path=path) or tool for tool in ("cmake", "ninja"))
         # Everything is passed every time: the cache of an earlier build must not decide.
@@ -82,12 +92,12 @@ class AnyPythonWheel(bdist_wheel):
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", super().get_tag()[2] if BUILD else "any"
 
 
 setup(
-    ext_modules=[Extension("glimpse_ext.libglimpse", sources=[])],
+    ext_modules=[Extension("glimpse_ext.libglimpse", sources=[])] if BUILD else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
     # With no torch to build with, torch becomes a build requirement.
-    setup_requires=[] if TORCH_DIR else ["torch>=2.11"],
+    setup_requires=[] if TORCH_DIR or not BUILD else ["torch>=2.11"],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Is this file fit to be handed out? Usage: check_wheel.py WHEEL [--cuda]
+"""Is this file fit to be handed out? Usage: check_wheel.py WHEEL [--cuda] [--manylinux]
 
 One wheel must serve every Python and every torch on the platform, so the libraries may need
 libtorch_cpu but neither libtorch_cuda nor a CUDA runtime, and no C++ or Python symbol of torch.
@@ -39,7 +39,8 @@ def check_library(path: Path) -> None:
 def main() -> None:
     wheel, cuda = Path(sys.argv[1]), "--cuda" in sys.argv[2:]
     assert wheel.stat().st_size < LARGEST, f"{wheel.stat().st_size / 1e6:.1f} MB"
-    assert re.search(r"-py3-none-(many)?linux_\w+\.whl$", wheel.name), wheel.name
+    platform = "manylinux_2_" if "--manylinux" in sys.argv[2:] else "(many)?linux_"
+    assert re.search(rf"-py3-none-{platform}[\w.]+\.whl$", wheel.name), wheel.name
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = archive.namelist()
         unfit = r"test|conftest|golden|\.(cpp|cu|h|o)$"

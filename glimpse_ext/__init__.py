@@ -3,8 +3,11 @@
 
 from pathlib import Path as _Path
 
+__version__ = "0.1.0"
+
 from . import _library, nn, onnx, reference
 from ._arguments import set_check_indices
+from ._library import FallbackWarning
 from ._memory import set_huge_pages
 from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
@@ -16,6 +19,7 @@ from .roi_align import multiscale_roi_align, roi_align
 from .roi_align_rotated import roi_align_rotated
 
 __all__ = [
+    "FallbackWarning",
     "PastedRLE",
     "Patch",
     "convert_boxes",
@@ -35,8 +39,6 @@ __all__ = [
     "set_check_indices",
     "set_huge_pages",
 ]
-
-__version__ = "0.1.0"
 
 library_info = _library.library_info
 

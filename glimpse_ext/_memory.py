@@ -35,6 +35,8 @@ def set_huge_pages(advise: bool) -> bool:
     >>> glimpse_ext.set_huge_pages(before)
     True
     """
+    if _library.cpu_path is None:  # PyTorch makes the results.
+        return False
     library = ctypes.CDLL(str(_library.cpu_path))
     previous = bool(library.glimpse_huge_pages())
     library.glimpse_set_huge_pages(int(bool(advise)))
@@ -43,6 +45,8 @@ def set_huge_pages(advise: bool) -> bool:
 
 def huge_pages() -> bool:
     """What set_huge_pages has set."""
+    if _library.cpu_path is None:
+        return False
     return bool(ctypes.CDLL(str(_library.cpu_path)).glimpse_huge_pages())
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import _library
 from ._autograd import (
     BelowAutograd,
     GradBoxesFunction,
@@ -227,6 +228,7 @@ def register_sampler(
     Returns the operator as public functions call it: the same numbers by the shortest way.
     """
     op = getattr(_ops, name).default
+    _library.add_sampler(name, bind)
 
     def call(*args: Any) -> Tensor:
         if is_eager():

@@ -194,7 +194,10 @@ def check_libraries(report: Report, info: Mapping[str, Any]) -> None:
         if built:
             report.facts[f"{name} library"] = built
     if not cpu:
-        report.problem(f"the CPU library did not load: {cpu_error}", REINSTALL)
+        forced = os.environ.get("GLIMPSE_EXT_FALLBACK") == "1"
+        remedy = "unset GLIMPSE_EXT_FALLBACK" if forced else REINSTALL
+        report.problem(f"the CPU library did not load: {cpu_error}", remedy)
+        report.remarks.append("operators run in plain PyTorch: the same numbers, much slower")
     if torch.cuda.is_available() and not cuda:
         report.problem(
             f"torch sees a GPU, but the CUDA library did not load: {cuda_error}",
