@@ -252,6 +252,9 @@ def _degrees_backward(
     return into
 
 
+_operators = torch.library.Library("detectron2", "FRAGMENT")
+
+
 def complete_detectron2() -> bool:
     """Gives detectron2 a compiled part if it has none. Returns whether that was so."""
     detectron2 = importlib.import_module("detectron2")
@@ -263,9 +266,15 @@ def complete_detectron2() -> bool:
         extension.roi_align_rotated_forward = _degrees_forward
         extension.roi_align_rotated_backward = _degrees_backward
         sys.modules["detectron2._C"] = detectron2._C = extension
-        for name, function in (("forward", _degrees_forward), ("backward", _degrees_backward)):
-            torch.library.custom_op(
-                f"detectron2::roi_align_rotated_{name}", function, mutates_args=()
-            )
+        # Under autograd, which the backward uses for itself.
+        more = "float spatial_scale, int pooled_height, int pooled_width"
+        size = "int batch_size, int channels, int height, int width"
+        for name, function, arguments in (
+            ("forward", _degrees_forward, f"{more}, int sampling_ratio"),
+            ("backward", _degrees_backward, f"{more}, {size}, int sampling_ratio"),
+        ):
+            full = f"roi_align_rotated_{name}"
+            _operators.define(f"{full}(Tensor input, Tensor rois, {arguments}) -> Tensor")
+            _operators.impl(full, function, "CompositeImplicitAutograd")
         return True
     return False

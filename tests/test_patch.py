@@ -272,9 +272,9 @@ def test_what_the_original_cannot_do():
         moved = boxes.clone().requires_grad_()
         torchvision.ops.roi_align(image, moved, (3, 3), spatial_scale=0.5).sum().backward()
         assert moved.grad is not None
-        # What crashes the original has a result.
+        # What makes the original read outside the map has a result.
         bad = torch.tensor([[0.0, float("nan"), 3, 12, 13]])
-        assert not torchvision.ops.roi_align(image, bad, 3).any()
+        assert not torchvision.ops.roi_align(image, bad, 3, 1.0, 2).any()
 
 
 def test_traced_calls_are_the_originals():
