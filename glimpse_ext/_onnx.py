@@ -712,7 +712,7 @@ def _roi_align_rotated(
 
 
 def _refuses(name: str, reason: str) -> Callable[..., Any]:
-    def refuse(*args: Any) -> Any:
+    def refuse(*args: Any, **options: Any) -> Any:
         raise _refuse(name, reason)
 
     return refuse
