@@ -712,7 +712,7 @@ def _roi_align_rotated(
 
 
 def _refuses(name: str, reason: str) -> Callable[..., Any]:
-    def refuse(*args: Any) -> Any:
+    def refuse(*args: Any, **options: Any) -> Any:
         raise _refuse(name, reason)
 
     return refuse
@@ -734,6 +734,10 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _ops.paste_masks_threshold.default: _paste_masks_threshold,
     _ops._paste_masks_runs.default: _refuses(
         "paste_masks_to_rle", "run lengths are bytes; encode what the model returns"
+    ),
+    # How extract_glimpse draws its seeds: met before the operator itself.
+    torch.ops.aten.randint.generator: _refuses(
+        "randint", 'random numbers, as for the noise of extract_glimpse; use noise="zero"'
     ),
     _ops._points_sample.default: _refuses(
         "_points_sample", "it is point_sample outside of graphs; call glimpse_ext.point_sample"
