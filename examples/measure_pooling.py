@@ -76,19 +76,12 @@ def measure(run: train_maskrcnn.Run, batch: Any) -> dict[str, float]:
     with recorded(calls):
         step()
     assert calls, "nothing was pooled"
-<<<<<<< HEAD
-    actions: dict[str, Callable[[], object]] = {
-        "step": step,
-        "pooling": lambda: [repeat(call) for call in calls],
-    }
-=======
 
     def pooling() -> None:
         for call in calls:
             repeat(call)
 
     actions: dict[str, Callable[[], None]] = {"step": step, "pooling": pooling}
->>>>>>> train
     seconds: dict[str, list[float]] = {}
     for counted in (False, *(True,) * ROUNDS):
         for way in ("torchvision", "glimpse_ext"):

@@ -133,12 +133,8 @@ def join(args: Arguments) -> Place:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-<<<<<<< HEAD
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-=======
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
->>>>>>> train
     return Place(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
@@ -295,12 +291,8 @@ def evaluate(run: Run, dataset: CocoDetection, log: Log) -> None:
 def source(args: Arguments, place: Place) -> Path:
     """The folder of the data set; the photographs are made where there are none."""
     if args.coco is None and place.local_rank == 0:
-<<<<<<< HEAD
-        coco_photographs.write(args.photos, *args.photo_counts, tuple(args.photo_size))
-=======
         (train, val), (height, width) = args.photo_counts, args.photo_size
         coco_photographs.write(args.photos, train, val, (height, width))
->>>>>>> train
     dist.barrier()
     return Path(args.coco or args.photos)
 
