@@ -139,7 +139,7 @@ def _use_fallback(reason: str) -> None:
     _fallback.register()
     if not _examined():
         warnings.warn(
-            f"glimpse_ext runs in plain PyTorch, with the same numbers but ten to a thousand times "
+            f"glimpse_ext runs in plain PyTorch, with the same numbers but ten to a hundred times "
             f"slower: {reason}. GLIMPSE_EXT_FALLBACK=0 makes this an error.",
             FallbackWarning,
             stacklevel=3,

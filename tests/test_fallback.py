@@ -185,7 +185,7 @@ assert "plain PyTorch" in text and "slower" in text and "GLIMPSE_EXT_FALLBACK" i
 import torch
 assert glimpse_ext.library_info()["cpu_library"] is None
 image = torch.randn(2, 1, 5, 6, dtype=torch.float64, requires_grad=True)
-boxes = torch.tensor([[0, 1.1, 2.3, 4.2, 3.9], [1, 0.4, 1.3, 2.7, 3.5]], dtype=torch.float64)
+boxes = torch.tensor([[0, 1.1, 2.35, 4.2, 3.95], [1, 0.4, 1.3, 2.7, 3.5]], dtype=torch.float64)
 boxes.requires_grad_()
 
 def pool(image, corners):

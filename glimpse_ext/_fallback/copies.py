@@ -322,7 +322,8 @@ def paste_masks_to_bits(
     images = _thresholded(name, masks, boxes, height, width, threshold, snapped)
     padded = torch.nn.functional.pad(images.to(torch.uint8), (0, -width % 8))
     bit = torch.arange(8, dtype=torch.uint8, device=masks.device)
-    return (padded.unflatten(3, (-1, 8)) << bit).sum(4, dtype=torch.uint8)
+    packed: Tensor = (padded.unflatten(3, (-1, 8)) << bit).sum(4, dtype=torch.uint8)
+    return packed
 
 
 def _coco_counts(lengths: list[int]) -> bytes:
