@@ -112,6 +112,8 @@ def modules():
 
 @pytest.mark.parametrize("name", list(modules()))
 def test_examples_of_docstrings(name):
+    if name == "glimpse_ext._onnx":
+        pytest.importorskip("onnxscript", reason="it writes ONNX: pip install onnxscript")
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
