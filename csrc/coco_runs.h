@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace glimpse {
@@ -23,68 +22,68 @@ class RunWriter {
  public:
   /// An image of `height` rows.
   void start(int64_t height) {
-    size_ = 0;
     height_ = height;
-    last_ = x_ = y_ = 0;
-    value_ = false;
-    first_ = true;
-    lengths_[0] = lengths_[1] = 0;
-    mask_ = CocoMask();
+    changes_.clear();
   }
 
-  /// From row y of column x on, pixels are `value`.
-  void set(int64_t x, int64_t y, bool value) {
-    if (value == value_) return;
-    close(x, y);
-    value_ = value;
-    x_ = x;
-    y_ = y;
-  }
+  /// From row y of a column on, whose first pixel has the place `column`, pixels are 1 if they were
+  /// 0 before, and 0 if they were 1. The pixel before the first one of all is a 0.
+  void change(int64_t column, int64_t y) { changes_.push_back({column + y, y}); }
 
-  /// The image ends before column `width`.
+  /// Whether pixels are 1 behind the last change.
+  bool value() const { return changes_.size() % 2 != 0; }
+
+  /// The image has `width` columns.
   CocoMask end(int64_t width) {
-    close(width, 0);
-    mask_.counts.assign(text_.data(), size_);
-    return std::move(mask_);
+    const int64_t height = height_, all = width * height;
+    changes_.push_back({all, 0});
+    const size_t count = changes_.size();
+    if (text_.size() < count * kMostGroups) text_.resize(2 * count * kMostGroups);
+    char* to = text_.data();
+    CocoMask mask;
+    int64_t area = 0, top = height, bottom = 0;
+    int64_t last = 0;
+    int64_t before[2] = {0, 0};  // lengths of the two runs before, that of the first one as 0
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t length = changes_[i].place - last;
+      if (i % 2 != 0) {
+        const int64_t y = changes_[i - 1].y;
+        const bool one_column = length <= height - y;
+        if (length > 0) {
+          top = std::min(top, one_column ? y : 0);
+          bottom = std::max(bottom, one_column ? y + length : height);
+        }
+        area += length;
+      }
+      // Of the fourth run and all later ones, the difference to the run of their kind before them.
+      to = write_number(length - before[0], to);
+      before[0] = before[1];
+      before[1] = i == 0 ? 0 : length;
+      last = changes_[i].place;
+    }
+    if (area > 0) {
+      // The last run of ones ends with the last change, or with the image.
+      const int64_t end = changes_[count - 1 - count % 2].place;
+      mask.area = area;
+      mask.x1 = changes_[0].place / height;
+      mask.x2 = (end - 1) / height + 1;
+      mask.y1 = top;
+      mask.y2 = bottom;
+    }
+    mask.counts.assign(text_.data(), to);
+    return mask;
   }
 
  private:
-  static constexpr size_t kMostGroups = 16;  // of a number, and more than 64 bits need
+  struct Change {
+    int64_t place, y;
+  };
 
-  void close(int64_t x, int64_t y) {
-    const int64_t position = x * height_ + y, length = position - last_;
-    last_ = position;
-    if (value_ && length > 0) add_ones(length, x, y);
-    // Of the fourth run and all later ones, the difference to the run of their kind before them.
-    add_number(length - lengths_[0]);
-    lengths_[0] = lengths_[1];
-    lengths_[1] = first_ ? 0 : length;
-    first_ = false;
-  }
-
-  /// A run of ones that ends before row y of column x.
-  void add_ones(int64_t count, int64_t x, int64_t y) {
-    if (y == 0) {
-      --x;
-      y = height_;
-    }
-    const bool one_column = x == x_;
-    const int64_t top = one_column ? y_ : 0, bottom = one_column ? y : height_;
-    if (mask_.area == 0) {
-      mask_.x1 = x_;
-      mask_.y1 = top;
-    }
-    mask_.y1 = std::min(mask_.y1, top);
-    mask_.x2 = x + 1;  // columns come in order
-    mask_.y2 = std::max(mask_.y2, bottom);
-    mask_.area += count;
-  }
+  static constexpr size_t kMostGroups = 13;  // of a number of 64 bits
 
   /// Groups of five bits, low ones first, each but the last with a sixth bit. The sign is that of
-  /// the last group.
-  void add_number(int64_t number) {
-    if (text_.size() - size_ < kMostGroups) text_.resize(2 * text_.size() + 4096);
-    char* to = text_.data() + size_;
+  /// the last group. Returns the end.
+  static char* write_number(int64_t number, char* to) {
     const int64_t magnitude = number ^ (number >> 63);
     if (magnitude < int64_t{1} << 19) {
       // All four groups that it may have are written, however many count: no branch to mispredict.
@@ -93,25 +92,20 @@ class RunWriter {
         const int32_t sixth = i < 3 ? more[i] << 5 : 0;
         to[i] = static_cast<char>((number >> (5 * i) & 31) + sixth + 48);
       }
-      size_ += static_cast<size_t>(1 + more[0] + more[1] + more[2]);
-      return;
+      return to + 1 + more[0] + more[1] + more[2];
     }
     while (true) {
       const int64_t group = number & 31;
       number >>= 5;
       const bool more = number != ((group & 16) != 0 ? -1 : 0);
-      text_[size_++] = static_cast<char>(group + (more ? 32 : 0) + 48);
-      if (!more) return;
+      *to++ = static_cast<char>(group + (more ? 32 : 0) + 48);
+      if (!more) return to;
     }
   }
 
   std::vector<char> text_;
-  size_t size_ = 0;
+  std::vector<Change> changes_;
   int64_t height_ = 0;
-  int64_t last_ = 0, x_ = 0, y_ = 0;  // where the run begins
-  bool value_ = false, first_ = true;
-  int64_t lengths_[2] = {0, 0};  // of the two runs before, the first one of all as 0
-  CocoMask mask_;
 };
 
 }  // namespace glimpse

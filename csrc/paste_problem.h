@@ -122,6 +122,29 @@ struct Pair {
   }
 };
 
+/// The same of a pixel whose position lies between the centres of the outer mask pixels. Without a
+/// branch, so that loops over it become vectors.
+template <class T>
+GLIMPSE_HD Pair<T> inner_pair(const PasteLine<T>& line, int32_t pixel) {
+  using R = Rounded<T>;
+  const T position = line.axis.position(pixel - line.anchor, 0);
+  const int32_t low = static_cast<int32_t>(position);
+  const R fraction = R(position) - R(low);
+  return {{low, low + 1}, {(R(T(1)) - fraction).value, fraction.value}};
+}
+
+/// The cells among `cells`, all of which read, that inner_pair is for.
+template <class T>
+GLIMPSE_HD Cells inner_cells(const PasteLine<T>& line, Cells cells) {
+  const auto is_inner = [&](int32_t pixel) {
+    const T position = line.axis.position(pixel - line.anchor, 0);
+    return position >= T(0) && position < static_cast<T>(line.size - 1);
+  };
+  while (cells.first < cells.end && !is_inner(cells.first)) ++cells.first;
+  while (cells.first < cells.end && !is_inner(cells.end - 1)) --cells.end;
+  return cells;
+}
+
 /// The value of a pixel: taps along x first, then along y, each operation rounded once. A value
 /// meets a threshold by its last bit, so all devices compute it in this order.
 /// `read(y, x)` is a pixel of the mask.

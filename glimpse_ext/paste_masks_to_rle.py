@@ -109,7 +109,6 @@ def paste_masks_to_rle(
         raise RuntimeError(
             f"{_NAME}: boxes must be on the device of the masks, {masks.device}, got {boxes.device}"
         )
-    masks, boxes = masks.detach(), boxes.detach()
     if height * width >= _DEVICE_PIXELS:
         masks, boxes = masks.cpu(), boxes.cpu()
     with torch.no_grad():

@@ -1149,9 +1149,8 @@ def paste_masks_to_bits(
     pasted = paste_masks(masks, boxes, image_size, threshold, method, dtype=dtype)
     padded = torch.nn.functional.pad(pasted.to(torch.uint8), (0, -pasted.shape[-1] % 8))
     pixels = padded.unflatten(-1, (padded.shape[-1] // 8, 8))
-    return (pixels << torch.arange(8, dtype=torch.uint8, device=masks.device)).sum(
-        -1, dtype=torch.uint8
-    )
+    place = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    return torch.sum(pixels << place, -1, dtype=torch.uint8)
 
 
 def _coco_counts(lengths: Sequence[int]) -> bytes:

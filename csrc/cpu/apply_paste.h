@@ -95,10 +95,9 @@ void paste_bits(const PasteBlock<A>& block, uint64_t* to) {
     if ((block.unknown >> (v * L) & kLaneBits) == 0) continue;
     const Vector<A> spread_above = load(block.spread[0] + v * L);
     const Vector<A> spread_below = load(block.spread[1] + v * L);
-    const A* weight = block.weight;
-    for (int32_t y = 0; y < block.rows; ++y, weight += 2) {
-      const Vector<A> value =
-          broadcast(weight[0]) * spread_above + broadcast(weight[1]) * spread_below;
+    for (int32_t y = 0; y < block.rows; ++y) {
+      const Vector<A> value = broadcast(block.weight[0][y]) * spread_above +
+                              broadcast(block.weight[1][y]) * spread_below;
       to[y] |= static_cast<uint64_t>(not_less(value, threshold)) << (v * L);
     }
   }

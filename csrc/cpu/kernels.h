@@ -64,7 +64,7 @@ struct PasteRow {
 template <class A>
 struct PasteBlock {
   const A* spread[2];
-  const A* weight;  // two for each row
+  const A* weight[2];  // of each row
   int32_t rows;
   A threshold;
   /// Columns whose pixels must be compared with the threshold, as bits; of the others, those that

@@ -24,11 +24,13 @@ class RunsOfMask {
     const bool reached = pixels_.start(k, 1), background = pixels_.background();
     const Cells columns = pixels_.columns();
     const bool has_pixels = problem_.height > 0 && problem_.width > 0;
-    if (has_pixels && (!reached || columns.first > 0)) writer_.set(0, 0, background);
+    if (has_pixels && background && (!reached || columns.first > 0)) writer_.change(0, 0);
     if (reached) {
       find_changes();
       for (int32_t x = columns.first; x < columns.end; ++x) write_column(x - columns.first, x);
-      if (columns.end < problem_.width) writer_.set(columns.end, 0, background);
+      if (columns.end < problem_.width && writer_.value() != background) {
+        writer_.change(columns.end * int64_t{problem_.height}, 0);
+      }
     }
     return writer_.end(problem_.width);
   }
@@ -56,9 +58,9 @@ class RunsOfMask {
     uint64_t& before = before_[static_cast<size_t>(w)];
     uint64_t changed = (word ^ before) & pixels_.reached(w);
     before = word;
+    const size_t first = static_cast<size_t>(w) * PasteWords<T>::kColumns;
     for (; changed != 0; changed &= changed - 1) {
-      const size_t column = static_cast<size_t>(w) * PasteWords<T>::kColumns +
-                            static_cast<size_t>(__builtin_ctzll(changed));
+      const size_t column = first + static_cast<size_t>(__builtin_ctzll(changed));
       const size_t at = static_cast<size_t>(count_[column]++) * stride_ + column;
       if (at >= changes_.size()) changes_.resize(at / stride_ * stride_ + stride_);
       changes_[at] = y;
@@ -68,21 +70,15 @@ class RunsOfMask {
   void write_column(int32_t column, int32_t x) {
     const int32_t* change = changes_.data() + column;
     int32_t left = count_[static_cast<size_t>(column)];
-    bool value = pixels_.background();
-    const auto next = [&] {
-      const int32_t y = *change;
+    const int64_t place = x * int64_t{problem_.height};
+    bool first = pixels_.background();
+    if (left > 0 && *change == 0) {
+      first = !first;
       change += stride_;
       --left;
-      value = !value;
-      return y;
-    };
-    // A column that starts with another value does not start with the background first.
-    if (left > 0 && *change == 0) next();
-    writer_.set(x, 0, value);
-    while (left > 0) {
-      const int32_t y = next();
-      writer_.set(x, y, value);
     }
+    if (first != writer_.value()) writer_.change(place, 0);
+    for (; left > 0; --left, change += stride_) writer_.change(place, *change);
   }
 
   const PasteProblem& problem_;

@@ -111,19 +111,15 @@ class PasteWords {
   };
 
   void find_segments(const PasteLine<A>& line) {
+    const int32_t count = rows_.end - rows_.first;
+    pairs_.find(line, rows_, 0, count);
+    const int32_t *low = pairs_.pixel(0), *high = pairs_.pixel(1);
     segments_.clear();
-    weight_.resize(2 * static_cast<size_t>(rows_.end - rows_.first));
-    A* weight = weight_.data();
-    for (int32_t y = rows_.first; y < rows_.end; ++y, weight += 2) {
-      const auto pair = Pair<A>::of(line.taps(y));
-      weight[0] = pair.weight[0];
-      weight[1] = pair.weight[1];
-      Segment* last = segments_.empty() ? nullptr : &segments_.back();
-      if (last != nullptr && last->row[0] == pair.pixel[0] && last->row[1] == pair.pixel[1]) {
-        last->end = y + 1;
-      } else {
-        segments_.push_back({y, y + 1, {pair.pixel[0], pair.pixel[1]}});
-      }
+    int32_t first = 0;
+    for (int32_t i = 1; i <= count; ++i) {
+      if (i < count && low[i] == low[first] && high[i] == high[first]) continue;
+      segments_.push_back({rows_.first + first, rows_.first + i, {low[first], high[first]}});
+      first = i;
     }
   }
 
@@ -144,10 +140,9 @@ class PasteWords {
     uint64_t words[kMostRows];
     for (int32_t y = segment.first; y < segment.end; y += kMostRows) {
       const int32_t rows = std::min(kMostRows, segment.end - y);
-      const A* weight = &weight_[2 * static_cast<size_t>(y - rows_.first)];
       const PasteBlock<A> block = {
           {spread[0] + int64_t{w} * kColumns, spread[1] + int64_t{w} * kColumns},
-          weight,
+          {pairs_.weight(0) + (y - rows_.first), pairs_.weight(1) + (y - rows_.first)},
           rows,
           threshold_,
           ones,
@@ -163,7 +158,7 @@ class PasteWords {
   Cells rows_ = {0, 0}, columns_ = {0, 0};
   int32_t origin_ = 0, words_ = 0;
   std::vector<Segment> segments_;
-  std::vector<A> weight_;  // two of each row
+  LinePairs<A> pairs_;  // of the rows
   SpreadRows<T> spread_;
   std::vector<uint64_t> above_[2], below_[2];  // of two rows of the mask
   int32_t known_[2] = {-1, -1};

@@ -82,7 +82,6 @@ void write_runs(const PasteProblem& problem, const HostChanges& found,
   for (CocoMask& own : runs) {
     writer.start(height);
     int64_t x = 0, column = 0;  // the place at which column x begins
-    bool value = false;
     const int64_t all = std::accumulate(count, count + found.parts, int64_t{0});
     count += found.parts;
     for (const int32_t* end = place + all; place != end; ++place) {
@@ -94,8 +93,7 @@ void write_runs(const PasteProblem& problem, const HostChanges& found,
         ++x;
         column += height;
       }
-      value = !value;
-      writer.set(x, *place - column, value);
+      writer.change(column, *place - column);
     }
     own = writer.end(problem.width);
   }
