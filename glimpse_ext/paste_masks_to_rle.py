@@ -96,7 +96,7 @@ def paste_masks_to_rle(
     >>> import torch, glimpse_ext
     >>> mask = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]])
     >>> glimpse_ext.paste_masks_to_rle(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4))
-    [{'size': [2, 4], 'counts': b'313'}]
+    [{'size': [2, 4], 'counts': b'323'}]
     """
     masks, _ = prepare_masks(_NAME, masks, boxes)
     height, width = image_extent(_NAME, image_size)
@@ -115,9 +115,9 @@ def paste_masks_to_rle(
         written, ends, areas, tight = _runs(masks, boxes, height, width, threshold, snapped)
     text = ctypes.string_at(written.data_ptr(), written.numel()) if written.numel() > 0 else b""
     whole: bytes | str = text.decode("ascii") if as_text else text
-    rles: list[RLE] = []
-    start = 0
-    for end in ends.flatten().tolist():
-        rles.append({"size": [height, width], "counts": whole[start:end]})
-        start = end
+    place: list[int] = ends.flatten().tolist()
+    rles: list[RLE] = [
+        {"size": [height, width], "counts": whole[start:end]}
+        for start, end in zip([0, *place], place, strict=False)
+    ]
     return PastedRLE(rles, areas.flatten(), tight) if with_boxes else rles

@@ -1186,7 +1186,7 @@ def paste_masks_to_rle(
     Example:
         >>> mask = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]])
         >>> paste_masks_to_rle(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4))
-        ([{'size': [2, 4], 'counts': b'313'}], tensor([2]), tensor([[1, 0, 3, 2]]))
+        ([{'size': [2, 4], 'counts': b'323'}], tensor([2]), tensor([[1, 0, 3, 2]]))
     """
     height, width = image_size
     pasted = paste_masks(masks, boxes, image_size, threshold, method, dtype=dtype)

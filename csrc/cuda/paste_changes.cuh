@@ -91,17 +91,18 @@ __device__ __forceinline__ void visit_changes(const PasteProblem& problem,
 
 /// The sum of `value` over the threads of a block before this one, and over all of them.
 /// `of_warp` is shared by the block; there is a barrier inside.
-__device__ __forceinline__ int64_t sum_before(int64_t value, int64_t* of_warp, int64_t* all) {
+template <class Count>
+__device__ __forceinline__ Count sum_before(Count value, Count* of_warp, Count* all) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t warp = thread >> 5, lane = thread & 31;
-  int64_t sum = value;  // of this lane and all lower ones
+  Count sum = value;  // of this lane and all lower ones
   for (int32_t distance = 1; distance < 32; distance *= 2) {
-    const int64_t lower = __shfl_sync(kFullWarp, sum, lane - distance);
+    const Count lower = __shfl_sync(kFullWarp, sum, lane - distance);
     if (lane >= distance) sum += lower;
   }
   if (lane == 31) of_warp[warp] = sum;
   __syncthreads();
-  int64_t before = sum - value;
+  Count before = sum - value;
   *all = 0;
   GLIMPSE_UNROLL
   for (int32_t i = 0; i < kChangesWarps; ++i) {
@@ -130,28 +131,29 @@ __device__ __forceinline__ bool start_part(const PasteProblem& problem, int64_t 
          columns.first - first < kChangesThreads;
 }
 
-/// Block: a part of an image. Counts its changes and those of its columns.
+/// Block: a part of an image. Counts its changes and those of its columns. Left to itself, the
+/// compiler takes too few registers for one architecture and spills.
 template <class T>
-__global__ void __launch_bounds__(kChangesThreads)
+__global__ void __launch_bounds__(kChangesThreads, 8)
     paste_count_kernel(GLIMPSE_GRID_CONSTANT PasteProblem problem,
                        GLIMPSE_GRID_CONSTANT PasteChanges changes, int64_t first_block) {
   using Number = acc_t<T>;
   GLIMPSE_SHARED(PasteWindow<Number>, window, );
   GLIMPSE_SHARED(PasteTap<Number>, row_tap, [kChangesThreads]);
-  GLIMPSE_SHARED(int64_t, of_warp, [kChangesWarps]);
+  GLIMPSE_SHARED(int32_t, of_warp, [kChangesWarps]);
   const int64_t block = first_block + blockIdx.x;
   int32_t part;
   const int64_t k = split(block, changes.parts, &part);
   const int32_t x = part * kChangesThreads + static_cast<int32_t>(threadIdx.x);
   const bool may_change = start_part(problem, k, part * kChangesThreads, &window);
-  int64_t all = 0;
+  int32_t all = 0;  // an image has fewer than 2^31 pixels
   if (may_change) {
     int32_t own = 0;
     visit_changes<T>(problem, window, k, x, row_tap, [&](int32_t) { ++own; });
     sum_before(own, of_warp, &all);
     if (x < problem.width) changes.column_changes[k * problem.width + x] = own;
   }
-  if (threadIdx.x == 0) changes.part_changes[block] = static_cast<int32_t>(all);
+  if (threadIdx.x == 0) changes.part_changes[block] = all;
 }
 
 /// Block: a part of an image. Lists its changes behind those of all parts before it.
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kChangesThreads)
     int64_t some = 0, base, all;
     for (int64_t i = threadIdx.x; i < block; i += kChangesThreads) some += changes.part_changes[i];
     sum_before(some, of_warp[0], &base);
-    const int32_t own = x < problem.width ? changes.column_changes[k * problem.width + x] : 0;
+    const int64_t own = x < problem.width ? changes.column_changes[k * problem.width + x] : 0;
     int64_t at = base + sum_before(own, of_warp[1], &all);
     visit_changes<T>(problem, window, k, x, row_tap, [&](int32_t y) {
       if (at < changes.room) changes.place[at] = x * problem.height + y;
