@@ -68,6 +68,8 @@ NARROW_LOADS = {
     "`frames_grad_features_kernel`, `frames_grad_boxes_kernel`": "lanes are channels or pixels "
     "side by side; a warp reads 64 to 256 bytes in one piece",
     "`paste_kernel`": "masks are small and stay in L1; stores are 16 bytes",
+    "`paste_bits_kernel`, `paste_count_kernel`, `paste_list_kernel`": "masks stay in L1, and a "
+    "thread reads them for a row of the mask at a time",
     "`copy_glimpse_kernel` with noise, `plane_statistics_kernel`": "bound by the arithmetic of the "
     "noise and of sums in double",
 }

@@ -43,6 +43,8 @@ struct Backend {
   void (*copy_glimpse)(const GlimpseProblem&);
   /// Masks into images. The value has the derivatives of sample with the axes of the masks given.
   void (*paste)(const PasteProblem&);
+  /// Where their images change, without the images. None: runs are made on the host at once.
+  void (*paste_changes)(const PasteProblem&, const PasteChanges&);
 };
 
 }  // namespace glimpse

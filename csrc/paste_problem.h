@@ -14,6 +14,7 @@ enum class PasteResult : int32_t {
   kValue,      // the value, in the dtype of the masks (float for kUInt8)
   kThreshold,  // 1 where value >= threshold, else 0
   kQuantized,  // 255 times the value, truncated to a byte
+  kBits,       // kThreshold, eight pixels to a byte: pixel x of a row is bit x % 8 of byte x / 8
 };
 
 /// Masks that are stretched over boxes of an image: sizes, strides and raw pointers of one call.
@@ -34,9 +35,24 @@ struct PasteProblem {
   int32_t height, width;  // of the image
   PasteResult result;
   double threshold;
-  void* image;   // [masks, height, width], dense
+  void* image;   // [masks, height, width], dense; of kBits [masks, height, row_bytes()]
   bool cleared;  // the image holds zeros already, which need not be written again
   void* stream;  // of the device; unused on the host
+
+  /// Bytes of a row of kBits. Bits behind the last pixel are 0.
+  GLIMPSE_HD int32_t row_bytes() const { return width / 8 + (width % 8 != 0 ? 1 : 0); }
+};
+
+/// Where a kThreshold image changes, read column after column: the pixels x * height + y that
+/// differ from the one before, the first one from 0. Images have fewer than 2^31 pixels here.
+struct PasteChanges {
+  static constexpr int32_t kPartColumns = 128;
+
+  int32_t parts;            // of each image: kPartColumns columns, the last one maybe fewer
+  int32_t* part_changes;    // [masks, parts], how many there are
+  int32_t* column_changes;  // [masks, width], scratch
+  int32_t* place;           // [room], all of them in order, or as many as there is room for
+  int64_t room;
 };
 
 /// What an operator of the geometry has to say of masks: zeros outside, one sample per cell.
@@ -105,6 +121,29 @@ struct Pair {
             {two ? taps.weight[0] : half, two ? taps.weight[1] : half}};
   }
 };
+
+/// The same of a pixel whose position lies between the centres of the outer mask pixels. Without a
+/// branch, so that loops over it become vectors.
+template <class T>
+GLIMPSE_HD Pair<T> inner_pair(const PasteLine<T>& line, int32_t pixel) {
+  using R = Rounded<T>;
+  const T position = line.axis.position(pixel - line.anchor, 0);
+  const int32_t low = static_cast<int32_t>(position);
+  const R fraction = R(position) - R(low);
+  return {{low, low + 1}, {(R(T(1)) - fraction).value, fraction.value}};
+}
+
+/// The cells among `cells`, all of which read, that inner_pair is for.
+template <class T>
+GLIMPSE_HD Cells inner_cells(const PasteLine<T>& line, Cells cells) {
+  const auto is_inner = [&](int32_t pixel) {
+    const T position = line.axis.position(pixel - line.anchor, 0);
+    return position >= T(0) && position < static_cast<T>(line.size - 1);
+  };
+  while (cells.first < cells.end && !is_inner(cells.first)) ++cells.first;
+  while (cells.first < cells.end && !is_inner(cells.end - 1)) --cells.end;
+  return cells;
+}
 
 /// The value of a pixel: taps along x first, then along y, each operation rounded once. A value
 /// meets a threshold by its last bit, so all devices compute it in this order.

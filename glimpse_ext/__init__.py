@@ -13,6 +13,7 @@ from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
 from .extract_glimpse import extract_glimpse
 from .paste_masks import paste_masks
+from .paste_masks_to_bits import paste_masks_to_bits, unpack_masks
 from .paste_masks_to_rle import PastedRLE, paste_masks_to_rle
 from .patching import Patch, patch
 from .roi_align import multiscale_roi_align, roi_align
@@ -30,6 +31,7 @@ __all__ = [
     "nn",
     "onnx",
     "paste_masks",
+    "paste_masks_to_bits",
     "paste_masks_to_rle",
     "patch",
     "point_sample",
@@ -38,6 +40,7 @@ __all__ = [
     "roi_align_rotated",
     "set_check_indices",
     "set_huge_pages",
+    "unpack_masks",
 ]
 
 library_info = _library.library_info

@@ -15,6 +15,8 @@ from .paste_masks import METHODS, image_extent, prepare_masks
 
 _NAME = "paste_masks_to_rle"
 _runs = torch.ops.glimpse_ext._paste_masks_runs.default
+_DEVICE_PIXELS = 2**31
+"""Images of so many pixels are left to the CPU: places in them are numbers of 32 bits elsewhere."""
 
 
 def _fake_runs(
@@ -23,10 +25,10 @@ def _fake_runs(
     count = masks.shape[0]
     text = torch.library.get_ctx().new_dynamic_size()
     return (
-        masks.new_empty((text,), dtype=torch.uint8),
-        masks.new_empty((count, 1), dtype=torch.int64),
-        masks.new_empty((count, 1), dtype=torch.int64),
-        masks.new_empty((count, 4), dtype=torch.int64),
+        torch.empty((text,), dtype=torch.uint8),
+        torch.empty((count, 1), dtype=torch.int64),
+        torch.empty((count, 1), dtype=torch.int64),
+        torch.empty((count, 4), dtype=torch.int64),
     )
 
 
@@ -37,7 +39,7 @@ class RLE(TypedDict):
     """A mask in COCO's compressed run lengths, as pycocotools takes and gives it."""
 
     size: list[int]
-    counts: bytes
+    counts: bytes | str
 
 
 class PastedRLE(NamedTuple):
@@ -45,9 +47,11 @@ class PastedRLE(NamedTuple):
 
     rles: list[RLE]
     areas: Tensor
-    """``[N]`` int64, pixels of each mask."""
+    """``[N]`` int64 on the CPU, pixels of each mask: ``pycocotools.mask.area``."""
     boxes: Tensor
-    """``[N, 4]`` int64, the tight box of each mask: x1, y1, x2, y2 in edge units; zeros if none."""
+    """``[N, 4]`` int64 on the CPU, the tight box of each mask: x1, y1, x2, y2 in edge units (pixel
+    k covers k to k + 1), zeros if it has no pixel. ``pycocotools.mask.toBbox`` says the same as x,
+    y, width, height: ``torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)``."""
 
 
 def paste_masks_to_rle(
@@ -58,6 +62,7 @@ def paste_masks_to_rle(
     method: str = "detectron2",
     *,
     with_boxes: bool = False,
+    counts: str = "bytes",
 ) -> list[RLE] | PastedRLE:
     """The masks of :func:`paste_masks` as COCO run lengths, without making their images.
 
@@ -66,24 +71,27 @@ def paste_masks_to_rle(
     image; pasting writes and encoding reads every pixel.
 
     Args:
-        masks: as in :func:`paste_masks`, on any device; they are moved to the CPU, since they are
-            smaller than their run lengths. On a GPU, that waits for what computes them.
+        masks: as in :func:`paste_masks`. On a GPU the places where pixels change are found there,
+            and come to the CPU in one copy, which waits for all that computes them.
         boxes: ``[N, 4]``, as in :func:`paste_masks`.
         image_size: height and width of the image.
         threshold: zero or more; pixels are ``value >= threshold``.
         method: as in :func:`paste_masks`.
-        with_boxes: whether to return areas and tight boxes, too.
+        with_boxes: whether to return areas and tight boxes, too; they cost nothing more.
+        counts: ``"bytes"`` as ``pycocotools.mask.encode`` gives them, or ``"str"``, which JSON can
+            hold. Every function of pycocotools takes both, and so does ``COCO.loadRes``.
 
     Returns:
-        For each mask a dict with ``size`` (height, width) and ``counts`` (bytes; for JSON,
-        ``counts.decode()``); with ``with_boxes=True`` a :class:`PastedRLE`. Boxes that are NaN,
-        reversed, far away or huge give what :func:`paste_masks` has for them.
+        For each mask a dict with ``size`` (height, width) and ``counts``; with ``with_boxes=True``
+        a :class:`PastedRLE`. Boxes that are NaN, reversed, far away or huge give what
+        :func:`paste_masks` has for them.
 
-    No gradients, and not under ``torch.compile`` or ``vmap``: the lengths are data.
+    No gradients, and not under ``torch.compile``, ``vmap`` or in a CUDA graph: lengths are data.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit, a negative threshold.
-        ValueError, TypeError: an unknown method, an image size or threshold that is none.
+        ValueError, TypeError: an unknown method or type of counts, an image size or threshold that
+            is none.
 
     Source:
         ``maskApi.c`` of pycocotools, with which results are compared byte for byte.
@@ -96,6 +104,7 @@ def paste_masks_to_rle(
     masks, _ = prepare_masks(_NAME, masks, boxes)
     height, width = image_extent(_NAME, image_size)
     snapped = choose(_NAME, "method", method, METHODS)
+    as_text = choose(_NAME, "counts", counts, {"bytes": False, "str": True})
     threshold = float(threshold)
     if threshold != threshold:
         raise ValueError(f"{_NAME}: threshold must be a number, got nan")
@@ -103,14 +112,15 @@ def paste_masks_to_rle(
         raise RuntimeError(
             f"{_NAME}: boxes must be on the device of the masks, {masks.device}, got {boxes.device}"
         )
+    if height * width >= _DEVICE_PIXELS:
+        masks, boxes = masks.cpu(), boxes.cpu()
     with torch.no_grad():
-        counts, ends, areas, tight = _runs(
-            masks.detach().cpu(), boxes.detach().cpu(), height, width, threshold, snapped
-        )
-    text = ctypes.string_at(counts.data_ptr(), counts.numel()) if counts.numel() > 0 else b""
-    rles: list[RLE] = []
-    start = 0
-    for end in ends.flatten().tolist():
-        rles.append({"size": [height, width], "counts": text[start:end]})
-        start = end
+        written, ends, areas, tight = _runs(masks, boxes, height, width, threshold, snapped)
+    text = ctypes.string_at(written.data_ptr(), written.numel()) if written.numel() > 0 else b""
+    whole: bytes | str = text.decode("ascii") if as_text else text
+    place: list[int] = ends.flatten().tolist()
+    rles: list[RLE] = [
+        {"size": [height, width], "counts": whole[start:end]}
+        for start, end in zip([0, *place], place, strict=False)
+    ]
     return PastedRLE(rles, areas.flatten(), tight) if with_boxes else rles

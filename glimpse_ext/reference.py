@@ -26,6 +26,8 @@ __all__ = [
     "extract_glimpse",
     "multiscale_roi_align",
     "paste_masks",
+    "paste_masks_to_bits",
+    "paste_masks_to_rle",
     "point_sample",
     "roi_align",
     "roi_align_rotated",
@@ -1122,3 +1124,83 @@ def paste_masks(
     if threshold >= 0:
         return values >= threshold
     return (values * 255).nan_to_num(nan=0.0).clamp(0, 255).to(torch.uint8)
+
+
+def paste_masks_to_bits(
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: Sequence[int],
+    threshold: float = 0.5,
+    method: str = "detectron2",
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """:func:`paste_masks` with eight pixels of a row in a byte, the first one in its lowest bit.
+
+    Returns:
+        ``[N, H, ceil(W / 8)]`` uint8, or ``[N, 1, H, ceil(W / 8)]`` where masks have that
+        dimension.
+
+    Example:
+        >>> mask = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]])
+        >>> paste_masks_to_bits(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4)).tolist()
+        [[[4], [2]]]
+    """
+    pasted = paste_masks(masks, boxes, image_size, threshold, method, dtype=dtype)
+    padded = torch.nn.functional.pad(pasted.to(torch.uint8), (0, -pasted.shape[-1] % 8))
+    pixels = padded.unflatten(-1, (padded.shape[-1] // 8, 8))
+    place = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    return torch.sum(pixels << place, -1, dtype=torch.uint8)
+
+
+def _coco_counts(lengths: Sequence[int]) -> bytes:
+    """COCO's text for run lengths: after the third one, differences to the one before the last."""
+    text = bytearray()
+    for i, length in enumerate(lengths):
+        number = length - lengths[i - 2] if i > 2 else length
+        more = True
+        while more:
+            # Five bits in each character, low ones first; the sixth says whether more follow.
+            bits = number & 31
+            number >>= 5
+            more = number != (-1 if bits & 16 else 0)
+            text.append(48 + bits + (32 if more else 0))
+    return bytes(text)
+
+
+def paste_masks_to_rle(
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: Sequence[int],
+    threshold: float = 0.5,
+    method: str = "detectron2",
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[list[dict[str, list[int] | bytes]], Tensor, Tensor]:
+    """:func:`paste_masks` as COCO's compressed run lengths, by way of the images.
+
+    Returns:
+        For each mask a dict with ``size`` and ``counts``; ``[N]`` int64, its pixels; ``[N, 4]``
+        int64, its tight box of x1, y1, x2, y2 in edge units, zeros without a pixel.
+
+    Example:
+        >>> mask = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]])
+        >>> paste_masks_to_rle(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4))
+        ([{'size': [2, 4], 'counts': b'323'}], tensor([2]), tensor([[1, 0, 3, 2]]))
+    """
+    height, width = image_size
+    pasted = paste_masks(masks, boxes, image_size, threshold, method, dtype=dtype)
+    pasted = pasted.reshape(-1, height, width).cpu()
+    rles: list[dict[str, list[int] | bytes]] = []
+    tight = torch.zeros(len(pasted), 4, dtype=torch.int64)
+    for image, box in zip(pasted, tight, strict=True):
+        pixels = image.T.flatten()  # column after column
+        before = torch.cat([pixels.new_zeros(1), pixels[:-1]])[: len(pixels)]
+        changes = (pixels != before).nonzero().flatten().tolist()
+        ends = [*changes, len(pixels)]
+        lengths = [end - start for start, end in zip([0, *changes], ends, strict=True)]
+        rles.append({"size": [height, width], "counts": _coco_counts(lengths)})
+        if image.any():
+            y, x = image.nonzero().unbind(1)
+            box[:] = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
+    return rles, pasted.flatten(1).sum(1), tight

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 # A graph that the compiler kept from another build of this package would run with its schemas.
@@ -68,6 +69,17 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
         yield request.param
     finally:
         _testing.use_backend(previous)
+
+
+@contextmanager
+def cpu_kernels() -> Iterator[None]:
+    """Calls on CPU tensors go to the kernels of the CPU, whatever device a test is for."""
+    previous = _testing.use_backend("cpu") if _testing is not None else None
+    try:
+        yield
+    finally:
+        if previous is not None:
+            _testing.use_backend(previous)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -168,6 +168,31 @@ def test_glimpses_do_not_depend_on_the_order_of_threads(noise: str, layout: str)
 
 
 @pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("form", ["paste_masks_to_bits", "paste_masks_to_rle"])
+def test_packed_paste_does_not_depend_on_the_order_of_threads(form: str) -> None:
+    """Images of 5 x 7, 40 x 600 and 290 x 140 pixels: parts, and more rows than a table has."""
+    masks = random_tensor((3, 5, 4), torch.float32, "packed") + 0.5
+    paste = getattr(glimpse_ext, form)
+    backend = _testing.use_backend("emulated")
+    seed = _testing.emulation_seed()
+    try:
+        for size in ((5, 7), (40, 600), (290, 140)):
+            unit = torch.tensor([[0.1, 0.2, 0.7, 0.9], [-0.5, -0.5, 1.5, 1.5], [0.8, 0.1, 0.4, 2]])
+            boxes = unit * torch.tensor([size[1], size[0]] * 2)
+            _testing.use_backend("cpu")
+            expected = paste(masks, boxes, size)
+            _testing.use_backend("emulated")
+            for number in SEEDS:
+                _testing.emulation_set_seed(number)
+                found = paste(masks, boxes, size)
+                same = found == expected if form.endswith("rle") else torch.equal(found, expected)
+                assert same, f"{size}: seed {number} gives other bits"
+    finally:
+        _testing.use_backend(backend)
+        _testing.emulation_set_seed(seed)
+
+
+@pytest.mark.usefixtures("hostile_memory")
 @pytest.mark.parametrize("threshold", [None, 0.5])
 def test_paste_does_not_depend_on_the_order_of_threads(threshold: float | None) -> None:
     """Images of 3 x 7 and of 90 x 103 pixels: several in one block, and several blocks for one."""

@@ -239,9 +239,17 @@ def op_samples(device):
             ops.paste_masks_threshold.default,
             (masks, corners, 5, 6, -1.0, True),
         ),
+        "paste_masks_to_bits": (
+            ops.paste_masks_to_bits.default,
+            (masks, corners, 5, 11, 0.5, False),
+        ),
+        "paste_masks_to_bits no masks": (
+            ops.paste_masks_to_bits.default,
+            (masks[:0], corners[:0], 5, 8, 0.5, True),
+        ),
         "_paste_masks_runs": (
             ops._paste_masks_runs.default,
-            (masks.cpu(), corners.cpu(), 5, 6, 0.5, False),
+            (masks, corners, 5, 6, 0.5, False),
         ),
     }
 

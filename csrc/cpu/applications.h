@@ -15,5 +15,6 @@ void cpu_grad_boxes(const Problem& problem);
 void cpu_copy_glimpse(const GlimpseProblem& problem);
 
 void cpu_paste(const PasteProblem& problem);
+void cpu_paste_bits(const PasteProblem& problem);  // what cpu_paste does for PasteResult::kBits
 
 }  // namespace glimpse

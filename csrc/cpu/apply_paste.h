@@ -5,16 +5,31 @@
 
 namespace {
 
+/// A row of the mask as numbers.
+template <class T>
+void load_row(const T* row, const PasteColumns<acc_t<T>>& columns) {
+  constexpr int L = kLanes<acc_t<T>>;
+  int32_t x = 0;
+  if (columns.stride == 1) {
+    for (; x + L <= columns.size; x += L) store(columns.row + x, load(row + x));
+  }
+  for (; x < columns.size; ++x) columns.row[x] = load_value(row[x * columns.stride]);
+}
+
 template <class T>
 void paste_spread(const T* row, const PasteColumns<acc_t<T>>& columns, acc_t<T>* to) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
   const int32_t* left = columns.pixel[0];
   const int32_t* right = columns.pixel[1];
-  const auto* weight_left = columns.weight[0];
-  const auto* weight_right = columns.weight[1];
-  if (columns.stride == 1) {
-    for (int32_t x = 0; x < columns.count; ++x) {
-      to[x] =
-          weight_left[x] * load_value(row[left[x]]) + weight_right[x] * load_value(row[right[x]]);
+  const A* weight_left = columns.weight[0];
+  const A* weight_right = columns.weight[1];
+  if (columns.base != nullptr) {
+    load_row(row, columns);
+    for (int32_t x = 0; x < columns.count; x += L) {
+      const A* from = columns.row + columns.base[x / L];
+      store(to + x, load(weight_left + x) * pick_near(from, left + x) +
+                        load(weight_right + x) * pick_near(from, right + x));
     }
     return;
   }
@@ -73,14 +88,18 @@ GLIMPSE_INLINE uint64_t test_columns(const Test& test) {
 template <class A>
 void paste_bits(const PasteBlock<A>& block, uint64_t* to) {
   constexpr int L = kLanes<A>;
+  constexpr uint64_t kLaneBits = ~uint64_t{0} >> (64 - L);
   const Vector<A> threshold = broadcast(block.threshold);
-  const A* weight = block.weight;
-  for (int32_t y = 0; y < block.rows; ++y, weight += 2) {
-    const Vector<A> above = broadcast(weight[0]), below = broadcast(weight[1]);
-    to[y] = test_columns<A>([&](int v) {
-      return not_less(above * load(block.spread[0] + v * L) + below * load(block.spread[1] + v * L),
-                      threshold);
-    });
+  for (int32_t y = 0; y < block.rows; ++y) to[y] = block.ones;
+  for (int v = 0; v < 64 / L; ++v) {
+    if ((block.unknown >> (v * L) & kLaneBits) == 0) continue;
+    const Vector<A> spread_above = load(block.spread[0] + v * L);
+    const Vector<A> spread_below = load(block.spread[1] + v * L);
+    for (int32_t y = 0; y < block.rows; ++y) {
+      const Vector<A> value = broadcast(block.weight[0][y]) * spread_above +
+                              broadcast(block.weight[1][y]) * spread_below;
+      to[y] |= static_cast<uint64_t>(not_less(value, threshold)) << (v * L);
+    }
   }
 }
 

@@ -83,7 +83,8 @@ const Backend& cpu_backend() {
                                   cpu_frames_grad_boxes,
                                   [](const GlimpseProblem&) -> size_t { return 0; },
                                   cpu_copy_glimpse,
-                                  cpu_paste};
+                                  cpu_paste,
+                                  nullptr};
   return backend;
 }
 

@@ -41,10 +41,15 @@ struct BoxWork : Work<A> {
 /// single one both slots hold one half, so that nothing is read that does not count.
 template <class A>
 struct PasteColumns {
-  int32_t count;
+  int32_t count;  // a multiple of the lanes of all vectors
   const int32_t* pixel[2];
   const A* weight[2];
-  int64_t stride;  // between pixels of the mask, in elements
+  /// Where it is given, columns whose pixels lie close together share a vector: pixels are counted
+  /// from the one that stands here for each vector, and lie less than two vectors behind it.
+  const int32_t* base;
+  A* row;          // room for `size` numbers and two vectors
+  int32_t size;    // pixels of a row of the mask
+  int64_t stride;  // between them, in elements
 };
 
 /// A row of the image: two rows of the mask, spread over its columns, with their weights.
@@ -59,9 +64,12 @@ struct PasteRow {
 template <class A>
 struct PasteBlock {
   const A* spread[2];
-  const A* weight;  // two for each row
+  const A* weight[2];  // of each row
   int32_t rows;
   A threshold;
+  /// Columns whose pixels must be compared with the threshold, as bits; of the others, those that
+  /// are known to meet it in all rows.
+  uint64_t ones, unknown;
 };
 
 /// Kernels of one instruction set for the storage type T.

@@ -58,7 +58,7 @@ void paste_part(const PasteProblem& problem, int64_t k, int64_t part, int64_t pa
     populate_rows(image + columns.first, (columns.end - columns.first) * sizeof(Out), width, first,
                   end);
   }
-  if (first < end) spread.start(problem, k, along_x, columns);
+  if (first < end) spread.start(problem, k, along_x, columns, columns.first);
   for (int32_t y = first; y < end; ++y) {
     const auto pair = Pair<A>::of(along_y.taps(y));
     const PasteRow<A> row = {{spread.row(pair.pixel[0], pair.pixel[1]),  // keeps the other one
@@ -95,6 +95,7 @@ void paste_typed(const PasteProblem& problem) {
 }  // namespace
 
 void cpu_paste(const PasteProblem& problem) {
+  if (problem.result == PasteResult::kBits) return cpu_paste_bits(problem);
   with_feature_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (problem.result == PasteResult::kValue) return paste_typed<T, pooled_t<T>>(problem);

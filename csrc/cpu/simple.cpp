@@ -188,27 +188,52 @@ void grad_boxes(const Problem& problem) {
                     [&](auto type) { grad_boxes_typed<typename decltype(type)::type>(problem); });
 }
 
-/// Every pixel of the image, whether the mask reaches it or not.
+/// Calls visit(y, x, value) for every pixel of an image, whether its mask reaches it or not, in
+/// rows or in columns.
+template <class T, class Visit>
+void visit_pixels(const PasteProblem& problem, int64_t k, bool in_columns, const Visit& visit) {
+  using Number = acc_t<T>;
+  const auto* mask = static_cast<const T*>(problem.mask) + k * problem.stride_n;
+  const auto along_y = PasteLine<Number>::of(problem, k, kY);
+  const auto along_x = PasteLine<Number>::of(problem, k, kX);
+  const auto visit_pixel = [&](int32_t i, int32_t j) {
+    Number value = 0;
+    if (along_y.axis.samples > 0 && along_x.axis.samples > 0) {
+      value = paste_value(along_y.taps(i), along_x.taps(j), [&](int32_t y, int32_t x) {
+        return load_value(mask[y * problem.stride_h + x * problem.stride_w]);
+      });
+    }
+    visit(i, j, value);
+  };
+  const int32_t outer = in_columns ? problem.width : problem.height;
+  const int32_t inner = in_columns ? problem.height : problem.width;
+  for (int32_t i = 0; i < outer; ++i) {
+    for (int32_t j = 0; j < inner; ++j) in_columns ? visit_pixel(j, i) : visit_pixel(i, j);
+  }
+}
+
 template <class T, class Out>
 void paste_typed(const PasteProblem& problem) {
   using Number = acc_t<T>;
   const PasteStore<Number, Out> store(problem);
   auto* image = static_cast<Out*>(problem.image);
   for (int64_t k = 0; k < problem.masks; ++k) {
-    const auto* mask = static_cast<const T*>(problem.mask) + k * problem.stride_n;
-    const auto along_y = PasteLine<Number>::of(problem, k, kY);
-    const auto along_x = PasteLine<Number>::of(problem, k, kX);
-    for (int32_t i = 0; i < problem.height; ++i) {
-      for (int32_t j = 0; j < problem.width; ++j, ++image) {
-        Number value = 0;
-        if (along_y.axis.samples > 0 && along_x.axis.samples > 0) {
-          value = paste_value(along_y.taps(i), along_x.taps(j), [&](int32_t y, int32_t x) {
-            return load_value(mask[y * problem.stride_h + x * problem.stride_w]);
-          });
-        }
-        *image = store(value);
-      }
-    }
+    visit_pixels<T>(problem, k, false,
+                    [&](int32_t, int32_t, Number value) { *image++ = store(value); });
+  }
+}
+
+template <class T>
+void paste_bits_typed(const PasteProblem& problem) {
+  using Number = acc_t<T>;
+  const PasteStore<Number, uint8_t> store(problem);
+  const int64_t bytes = problem.row_bytes();
+  auto* image = static_cast<uint8_t*>(problem.image);
+  std::memset(image, 0, static_cast<size_t>(problem.masks * problem.height * bytes));
+  for (int64_t k = 0; k < problem.masks; ++k, image += problem.height * bytes) {
+    visit_pixels<T>(problem, k, false, [&](int32_t y, int32_t x, Number value) {
+      image[y * bytes + x / 8] |= static_cast<uint8_t>(store(value) << (x % 8));
+    });
   }
 }
 
@@ -216,7 +241,32 @@ void paste(const PasteProblem& problem) {
   with_feature_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (problem.result == PasteResult::kValue) return paste_typed<T, pooled_t<T>>(problem);
+    if (problem.result == PasteResult::kBits) return paste_bits_typed<T>(problem);
     paste_typed<T, uint8_t>(problem);
+  });
+}
+
+template <class T>
+void paste_changes_typed(const PasteProblem& problem, const PasteChanges& changes) {
+  using Number = acc_t<T>;
+  const PasteStore<Number, uint8_t> store(problem);
+  std::fill_n(changes.part_changes, problem.masks * changes.parts, 0);
+  int64_t count = 0;
+  for (int64_t k = 0; k < problem.masks; ++k) {
+    uint8_t before = 0;
+    visit_pixels<T>(problem, k, true, [&](int32_t y, int32_t x, Number value) {
+      if (store(value) == before) return;
+      before = store(value);
+      ++changes.part_changes[k * changes.parts + x / PasteChanges::kPartColumns];
+      if (count < changes.room) changes.place[count] = x * problem.height + y;
+      ++count;
+    });
+  }
+}
+
+void paste_changes(const PasteProblem& problem, const PasteChanges& changes) {
+  with_feature_type(problem.dtype, [&](auto type) {
+    paste_changes_typed<typename decltype(type)::type>(problem, changes);
   });
 }
 
@@ -331,7 +381,8 @@ const Backend& simple_backend() {
                                   simple_frames_grad_boxes,
                                   [](const GlimpseProblem&) -> size_t { return 0; },
                                   copy_glimpse,
-                                  paste};
+                                  paste,
+                                  paste_changes};
   return backend;
 }
 

@@ -26,7 +26,8 @@ const Backend& cuda_backend() {
                                   cuda::frames_grad_boxes,
                                   cuda::copy_glimpse_workspace,
                                   cuda::copy_glimpse,
-                                  cuda::paste};
+                                  cuda::paste,
+                                  cuda::paste_changes};
   return backend;
 }
 

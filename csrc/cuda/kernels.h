@@ -16,6 +16,8 @@ void sample(const Problem& problem);
 void grad_features(const Problem& problem);
 void grad_boxes(const Problem& problem);
 void paste(const PasteProblem& problem);
+void paste_bits(const PasteProblem& problem);  // what paste does for PasteResult::kBits
+void paste_changes(const PasteProblem& problem, const PasteChanges& changes);
 
 void frames_sample(const FrameProblem& problem);
 void frames_maximum(const FrameProblem& problem);

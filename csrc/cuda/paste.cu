@@ -44,6 +44,7 @@ void paste_typed(const PasteProblem& problem) {
 }  // namespace
 
 void paste(const PasteProblem& problem) {
+  if (problem.result == PasteResult::kBits) return paste_bits(problem);
   switch (problem.dtype) {
     case Dtype::kFloat32:
       return paste_typed<float>(problem);

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #if !defined(GLIMPSE_CUDA_LIBRARY)
 #include "cpu/pages.h"
 #endif
@@ -36,16 +38,21 @@ std::array<int64_t, 4> strides_of(const std::array<int64_t, 4>& size, Layout lay
   return {plane * at_least_1(1), plane, row, 1};
 }
 
-Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* size, const int64_t* strides,
-                     ScalarType type) {
-  int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+Tensor empty_strided(int32_t device_type, int32_t device_index, int64_t dims, const int64_t* size,
+                     const int64_t* strides, ScalarType type) {
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, size, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* size, const int64_t* strides,
+                     ScalarType type) {
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  return empty_strided(device_type, device_index, dims, size, strides, type);
 }
 
 bool is_dense(const Tensor& tensor, Layout layout) {
@@ -78,6 +85,18 @@ Tensor make_empty(const Tensor& like, std::array<int64_t, 2> size, ScalarType ty
 Tensor make_workspace(const Tensor& like, size_t bytes) {
   const int64_t size = static_cast<int64_t>(bytes), stride = 1;
   return empty_strided(like, 1, &size, &stride, ScalarType::Byte);
+}
+
+Tensor make_on_host(std::initializer_list<int64_t> size, ScalarType type) {
+  std::vector<int64_t> strides(size.size());
+  int64_t elements = 1;
+  for (size_t dim = size.size(); dim-- > 0;) {
+    strides[dim] = elements;
+    const int64_t length = size.begin()[dim];
+    elements *= length > 1 ? length : 1;
+  }
+  return empty_strided(aoti_torch_device_type_cpu(), 0, static_cast<int64_t>(size.size()),
+                       size.begin(), strides.data(), type);
 }
 
 Tensor dense(const Tensor& tensor, Layout layout) {

@@ -31,6 +31,8 @@ Tensor make_empty(const Tensor& like, std::array<int64_t, 4> size, ScalarType ty
 Tensor make_empty(const Tensor& like, std::array<int64_t, 2> size, ScalarType type);
 /// The same of `bytes` bytes.
 Tensor make_workspace(const Tensor& like, size_t bytes);
+/// A dense tensor in host memory, whatever device a call runs on.
+Tensor make_on_host(std::initializer_list<int64_t> size, ScalarType type);
 
 /// `tensor` without gaps in `layout`; itself where it is so.
 Tensor dense(const Tensor& tensor, Layout layout);

@@ -105,6 +105,8 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("subpixel_glimpse", TORCH_BOX(&subpixel_glimpse));
   m.impl("paste_masks", TORCH_BOX(&paste_masks));
   m.impl("paste_masks_threshold", TORCH_BOX(&paste_masks_threshold));
+  m.impl("paste_masks_to_bits", TORCH_BOX(&paste_masks_to_bits));
+  m.impl("_paste_masks_runs", TORCH_BOX(&paste_masks_runs));
   m.impl("_sample", TORCH_BOX(&sample_entry));
   m.impl("_sample_grad_features", TORCH_BOX(&sample_grad_features_entry));
   m.impl("_sample_grad_boxes", TORCH_BOX(&sample_grad_boxes_entry));
@@ -168,6 +170,9 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
       "paste_masks_threshold(Tensor masks, Tensor boxes, SymInt height, SymInt width, "
       "float threshold, bool snapped) -> Tensor");
   m.def(
+      "paste_masks_to_bits(Tensor masks, Tensor boxes, SymInt height, SymInt width, "
+      "float threshold, bool snapped) -> Tensor");
+  m.def(
       "_paste_masks_runs(Tensor masks, Tensor boxes, SymInt height, SymInt width, "
       "float threshold, bool snapped) -> (Tensor counts, Tensor ends, Tensor areas, Tensor boxes)");
   m.def("_sample(Tensor[] features, " GLIMPSE_SAMPLING_SCHEMA ") -> Tensor");
@@ -191,11 +196,7 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
   m.def("_frames_grad_boxes(Tensor input, Tensor grad, " GLIMPSE_FRAMES_SCHEMA ") -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CPU, m) {
-  register_kernels(m);
-  // Lists of unknown length, which the host makes: masks are smaller than their runs.
-  m.impl("_paste_masks_runs", TORCH_BOX(&paste_masks_runs));
-}
+STABLE_TORCH_LIBRARY_IMPL(glimpse_ext, CPU, m) { register_kernels(m); }
 
 #endif
 

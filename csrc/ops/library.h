@@ -49,7 +49,12 @@ Tensor subpixel_glimpse(Tensor input, Tensor offsets, int64_t height, int64_t wi
 Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, bool snapped);
 Tensor paste_masks_threshold(Tensor masks, Tensor boxes, int64_t height, int64_t width,
                              double threshold, bool snapped);
-// On the CPU only: `counts` of all masks behind one another, where each ends, areas, tight boxes.
+Tensor paste_masks_to_bits(Tensor masks, Tensor boxes, int64_t height, int64_t width,
+                           double threshold, bool snapped);
+
+// paste_runs.cpp
+// On the CPU, whatever device the masks are on: `counts` of all masks behind one another, where
+// each ends, areas, tight boxes.
 std::tuple<Tensor, Tensor, Tensor, Tensor> paste_masks_runs(Tensor masks, Tensor boxes,
                                                             int64_t height, int64_t width,
                                                             double threshold, bool snapped);

@@ -4,14 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 // clang-format on
 
+#include "ops/paste.h"
+
 #include <sys/mman.h>
 
 #include <array>
-#include <cstring>
 #include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
 
 #include "ops/checks.h"
 #include "ops/device.h"
@@ -20,7 +18,6 @@
 
 #if !defined(GLIMPSE_CUDA_LIBRARY)
 #include "cpu/pages.h"
-#include "cpu/paste_runs.h"
 #endif
 
 namespace glimpse::ops {
@@ -43,6 +40,11 @@ void check_arguments(const char* name, const Tensor& masks, const Tensor& boxes)
         "mask height and width must fit in 32 bits, got ", describe_shape(masks));
 }
 
+/// Elements of a row of the result.
+int32_t row_size(const PasteProblem& problem) {
+  return problem.result == PasteResult::kBits ? problem.row_bytes() : problem.width;
+}
+
 #if !defined(GLIMPSE_CUDA_LIBRARY)
 
 /// Rows of all images that the masks reach.
@@ -60,11 +62,12 @@ int64_t reached_rows(const PasteProblem& problem) {
 /// that no mask reaches then cost nothing; those that are reached cost more than memory that is
 /// used again, and more than huge pages.
 bool wants_zero_pages(const PasteProblem& problem) {
-  constexpr double kLeast = 1 << 20, kMost = 1e15;  // pixels; not more than can be counted
-  const bool background =
-      problem.result == PasteResult::kThreshold && !(static_cast<float>(problem.threshold) > 0.0f);
-  const double pixels = static_cast<double>(problem.masks) * problem.height * problem.width;
-  if (background || !(pixels >= kLeast && pixels <= kMost)) return false;
+  constexpr double kLeast = 1 << 20, kMost = 1e15;  // elements; not more than can be counted
+  const bool background = problem.result != PasteResult::kValue &&
+                          problem.result != PasteResult::kQuantized &&
+                          !(static_cast<float>(problem.threshold) > 0.0f);
+  const double elements = static_cast<double>(problem.masks) * problem.height * row_size(problem);
+  if (background || !(elements >= kLeast && elements <= kMost)) return false;
   const int64_t rows = problem.dtype == Dtype::kFloat64 ? reached_rows<double>(problem)
                                                         : reached_rows<float>(problem);
   return rows < problem.masks * problem.height / (huge_pages() ? 4 : 2);
@@ -87,12 +90,12 @@ size_t element_bytes(ScalarType type) {
 /// Zeros that are memory only where they are touched; none if the system gives none.
 std::optional<Tensor> make_zero_pages(const PasteProblem& problem, ScalarType type,
                                       const Tensor& like) {
-  const int64_t plane = int64_t{problem.height} * problem.width;
+  const int64_t width = row_size(problem), plane = problem.height * width;
   const size_t bytes = static_cast<size_t>(problem.masks * plane) * element_bytes(type);
   void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED) return std::nullopt;
-  const std::array<int64_t, 4> size = {problem.masks, 1, problem.height, problem.width};
-  const std::array<int64_t, 4> strides = {plane, plane, problem.width, 1};
+  const std::array<int64_t, 4> size = {problem.masks, 1, problem.height, width};
+  const std::array<int64_t, 4> strides = {plane, plane, width, 1};
   return torch::stable::from_blob(pages, {size.data(), size.size()},
                                   {strides.data(), strides.size()}, like.device(), type,
                                   [bytes](void* data) { munmap(data, bytes); });
@@ -100,47 +103,16 @@ std::optional<Tensor> make_zero_pages(const PasteProblem& problem, ScalarType ty
 
 #endif
 
-/// A PasteProblem without its image, together with the tensors that keep its pointers alive.
-struct PasteCall {
-  PasteCall(const char* name, const Tensor& masks, const Tensor& boxes, int64_t height,
-            int64_t width, bool snapped, PasteResult result, double threshold) {
-    check_arguments(name, masks, boxes);
-    const bool is_bool = masks.scalar_type() == ScalarType::Bool;
-    problem.dtype = is_bool ? Dtype::kUInt8 : storage_dtype(name, masks.scalar_type());
-    problem.height = static_cast<int32_t>(check_output_size(name, height));
-    problem.width = static_cast<int32_t>(check_output_size(name, width));
-    boxes_ =
-        converted(boxes, problem.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
-    problem.mask = masks.const_data_ptr();
-    problem.stride_n = masks.stride(0);
-    problem.stride_h = masks.stride(2);
-    problem.stride_w = masks.stride(3);
-    problem.mask_height = static_cast<int32_t>(masks.size(2));
-    problem.mask_width = static_cast<int32_t>(masks.size(3));
-    problem.box = boxes_.const_data_ptr();
-    problem.snapped = snapped;
-    const double mask_width = problem.mask_width > 0 ? problem.mask_width : 1;
-    problem.grow = (mask_width + 2.0) / mask_width;
-    problem.masks = masks.size(0);
-    problem.result = result;
-    problem.threshold = threshold;
-  }
-
-  PasteProblem problem = {};
-
- private:
-  Tensor boxes_;
-};
-
-Tensor paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, bool snapped,
-             PasteResult result, double threshold) {
+Tensor paste(const char* name, const Tensor& masks, const Tensor& boxes, int64_t height,
+             int64_t width, bool snapped, PasteResult result, double threshold) {
   const DeviceScope scope(masks);
-  PasteCall call("paste_masks", masks, boxes, height, width, snapped, result, threshold);
+  PasteCall call(name, masks, boxes, height, width, snapped, result, threshold);
   PasteProblem& problem = call.problem;
   problem.stream = scope.stream();
 
   const ScalarType type = result == PasteResult::kThreshold   ? ScalarType::Bool
                           : result == PasteResult::kQuantized ? ScalarType::Byte
+                          : result == PasteResult::kBits      ? ScalarType::Byte
                           : problem.dtype == Dtype::kUInt8    ? ScalarType::Float
                                                               : masks.scalar_type();
   std::optional<Tensor> image;
@@ -149,7 +121,7 @@ Tensor paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t w
   problem.cleared = image.has_value();
 #endif
   if (!image.has_value()) {
-    image = make_empty(masks, {problem.masks, 1, height, width}, type, Layout::kNchw);
+    image = make_empty(masks, {problem.masks, 1, height, row_size(problem)}, type, Layout::kNchw);
   }
   if (image->numel() > 0) {
     problem.image = image->mutable_data_ptr();
@@ -160,47 +132,45 @@ Tensor paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t w
 
 }  // namespace
 
+PasteCall::PasteCall(const char* name, const Tensor& masks, const Tensor& boxes, int64_t height,
+                     int64_t width, bool snapped, PasteResult result, double threshold) {
+  check_arguments(name, masks, boxes);
+  const bool is_bool = masks.scalar_type() == ScalarType::Bool;
+  problem.dtype = is_bool ? Dtype::kUInt8 : storage_dtype(name, masks.scalar_type());
+  problem.height = static_cast<int32_t>(check_output_size(name, height));
+  problem.width = static_cast<int32_t>(check_output_size(name, width));
+  boxes_ =
+      converted(boxes, problem.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  problem.mask = masks.const_data_ptr();
+  problem.stride_n = masks.stride(0);
+  problem.stride_h = masks.stride(2);
+  problem.stride_w = masks.stride(3);
+  problem.mask_height = static_cast<int32_t>(masks.size(2));
+  problem.mask_width = static_cast<int32_t>(masks.size(3));
+  problem.box = boxes_.const_data_ptr();
+  problem.snapped = snapped;
+  const double mask_width = problem.mask_width > 0 ? problem.mask_width : 1;
+  problem.grow = (mask_width + 2.0) / mask_width;
+  problem.masks = masks.size(0);
+  problem.result = result;
+  problem.threshold = threshold;
+}
+
 Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, bool snapped) {
-  return paste(masks, boxes, height, width, snapped, PasteResult::kValue, 0);
+  return paste("paste_masks", masks, boxes, height, width, snapped, PasteResult::kValue, 0);
 }
 
 Tensor paste_masks_threshold(Tensor masks, Tensor boxes, int64_t height, int64_t width,
                              double threshold, bool snapped) {
   const PasteResult result = threshold >= 0 ? PasteResult::kThreshold : PasteResult::kQuantized;
-  return paste(masks, boxes, height, width, snapped, result, threshold);
+  return paste("paste_masks", masks, boxes, height, width, snapped, result, threshold);
 }
 
-#if !defined(GLIMPSE_CUDA_LIBRARY)
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> paste_masks_runs(Tensor masks, Tensor boxes,
-                                                            int64_t height, int64_t width,
-                                                            double threshold, bool snapped) {
-  const char* name = "paste_masks_to_rle";
+Tensor paste_masks_to_bits(Tensor masks, Tensor boxes, int64_t height, int64_t width,
+                           double threshold, bool snapped) {
+  const char* name = "paste_masks_to_bits";
   check(threshold >= 0, name, "threshold must be zero or more, got ", threshold);
-  const PasteCall call(name, masks, boxes, height, width, snapped, PasteResult::kThreshold,
-                       threshold);
-  const int64_t count = call.problem.masks;
-  std::vector<PastedRuns> runs(static_cast<size_t>(count));
-  cpu_paste_runs(call.problem, runs.data());
-
-  Tensor ends = make_empty(masks, {count, 1}, ScalarType::Long);
-  Tensor areas = make_empty(masks, {count, 1}, ScalarType::Long);
-  Tensor tight = make_empty(masks, {count, 4}, ScalarType::Long);
-  auto* end = ends.mutable_data_ptr<int64_t>();
-  auto* area = areas.mutable_data_ptr<int64_t>();
-  auto* corner = tight.mutable_data_ptr<int64_t>();
-  std::string text;
-  for (const PastedRuns& own : runs) {
-    append_coco_counts(own.lengths, text);
-    *end++ = static_cast<int64_t>(text.size());
-    *area++ = own.area;
-    for (const int64_t edge : {own.x1, own.y1, own.x2, own.y2}) *corner++ = edge;
-  }
-  Tensor counts = make_workspace(masks, text.size());
-  if (!text.empty()) std::memcpy(counts.mutable_data_ptr(), text.data(), text.size());
-  return {counts, ends, areas, tight};
+  return paste(name, masks, boxes, height, width, snapped, PasteResult::kBits, threshold);
 }
-
-#endif
 
 }  // namespace glimpse::ops
