@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "batch_problem.h"
 #include "frame_problem.h"
 #include "glimpse_problem.h"
 #include "paste_problem.h"
@@ -43,6 +44,10 @@ struct Backend {
   void (*copy_glimpse)(const GlimpseProblem&);
   /// Masks into images. The value has the derivatives of sample with the axes of the masks given.
   void (*paste)(const PasteProblem&);
+  /// Resized crops of several images. The value, before it is scaled and converted, is that of
+  /// sample with a filter, and so are its derivatives.
+  size_t (*crop_batch_workspace)(const BatchProblem&);
+  void (*crop_batch)(const BatchProblem&);
 };
 
 }  // namespace glimpse

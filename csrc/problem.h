@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "geometry/filter.h"
 #include "geometry/operators.h"
 #include "geometry/pyramid.h"
 #include "geometry/tables.h"
@@ -31,6 +32,7 @@ struct Level {
 /// Box numbers are float, or double where dtype is kFloat64.
 struct Problem {
   Operator op;
+  FilterRule filter;  // where `used`, cells weigh pixels by Note [Filters] instead of sampling them
 
   int32_t levels;
   Level level[kMaxLevels];
@@ -132,6 +134,16 @@ GLIMPSE_HD BoxAxis<T> box_axis(const Problem& problem, const Box<T>& box, int32_
                                     box.tangent[problem.op.hi_column(direction)])
               : Weighting<T>::value();
   return result;
+}
+
+/// The same where cells weigh pixels.
+template <class T>
+GLIMPSE_HD FilterLine filter_line(const Problem& problem, const Box<T>& box, int32_t direction,
+                                  int32_t size) {
+  return FilterLine::of(problem.filter,
+                        static_cast<double>(box.edges[problem.op.lo_column(direction)]),
+                        static_cast<double>(box.edges[problem.op.hi_column(direction)]), size,
+                        direction == kY ? problem.out_height : problem.out_width);
 }
 
 }  // namespace glimpse

@@ -6,6 +6,7 @@ from ._arguments import set_check_indices
 from ._memory import set_huge_pages
 from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
+from .crop_batch import crop_batch
 from .extract_glimpse import extract_glimpse
 from .paste_masks import paste_masks
 from .paste_masks_to_rle import PastedRLE, paste_masks_to_rle
@@ -19,6 +20,7 @@ __all__ = [
     "convert_boxes",
     "crop",
     "crop_and_resize",
+    "crop_batch",
     "extract_glimpse",
     "multiscale_roi_align",
     "nn",

@@ -23,6 +23,7 @@ __all__ = [
     "assign_levels",
     "crop",
     "crop_and_resize",
+    "crop_batch",
     "extract_glimpse",
     "multiscale_roi_align",
     "paste_masks",
@@ -1122,3 +1123,136 @@ def paste_masks(
     if threshold >= 0:
         return values >= threshold
     return (values * 255).nan_to_num(nan=0.0).clamp(0, 255).to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------ resized crops
+
+
+def _filter_taps(
+    low: Tensor, high: Tensor, cells: int, size: int, antialias: bool, support: str, padding: str
+) -> _AxisTaps:
+    """Taps of an axis whose cells weigh pixels by a triangle. Places are float64 edge units."""
+    nothing = low.new_zeros(0, dtype=torch.int64)
+    step = (high - low) / cells
+    if not (torch.isfinite(low) and torch.isfinite(step)) or step == 0:
+        return _AxisTaps(nothing, nothing, low.new_zeros(0))
+    pixels = step.abs()
+    reach = torch.where(pixels > 1, pixels, torch.ones_like(pixels))
+    if not antialias:
+        reach = torch.ones_like(pixels)
+    first, last = (low, high) if step > 0 else (high, low)  # of the window
+    if support == "image":
+        first = torch.where(first > 0, torch.zeros_like(first), first)
+        last = torch.where(last < size, torch.full_like(last, size), last)
+
+    def weights(centre: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Pixels begin .. end - 1 that a cell reads, and their weights before they are divided."""
+        pixel = torch.arange(begin, end, dtype=torch.float64, device=low.device)
+        inside = (pixel > (centre - reach).detach()) & (pixel <= (centre + reach).detach())
+        inside &= (pixel + 1 > first.detach()) & (pixel < last.detach())
+        pixel = pixel[inside]
+        away = torch.where(pixel <= centre.detach(), centre - pixel, pixel - centre)
+        left = torch.where(first.detach() >= pixel, first, pixel)
+        right = torch.where(last.detach() <= pixel + 1, last, pixel + 1)
+        return pixel.to(torch.int64), (1 - away / reach) * (right - left)
+
+    found = []
+    for cell in range(cells):
+        centre = (low - 0.5) + (cell + 0.5) * step
+        at = float(centre.detach())
+        # All pixels that count. A filter of millions of them is cut where it hardly matters.
+        most = 1_000_000
+        begin = max(math.floor(at - float(reach.detach())), math.floor(at) - most)
+        end = min(math.ceil(at + float(reach.detach())) + 1, math.ceil(at) + most)
+        begin = max(begin, math.floor(float(first.detach())))
+        end = min(end, math.ceil(float(last.detach())))
+        pixel, weight = weights(centre, begin, end)
+        total = weight.sum()
+        if not total > 0:
+            continue
+        if padding == "border":
+            pixel = pixel.clamp(0, size - 1)
+        kept = (pixel >= 0) & (pixel < size)
+        cell_index = torch.full_like(pixel[kept], cell)
+        found.append(_AxisTaps(cell_index, pixel[kept], (weight / total)[kept]))
+    if not found:
+        return _AxisTaps(nothing, nothing, low.new_zeros(0))
+    return _AxisTaps(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def crop_batch(
+    images: Tensor | Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    *,
+    input_format: str = "NCHW",
+    image_index: Tensor | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    scale: float | None = None,
+    antialias: bool = True,
+    flip: bool | Tensor | None = None,
+    support: str = "box",
+    padding_mode: str = "constant",
+    fill: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    bad_index: str = "zeros",
+) -> Tensor:
+    """Boxes of images, resized by a filter, scaled and normalised, in plain PyTorch.
+
+    Args and differences as in :func:`glimpse_ext.crop_batch`, but everything is computed and
+    returned in ``dtype``, apart from weights, which are always float64; ``bad_index="zeros"`` gives
+    a row without pixels, which is ``fill``, to a box whose image does not exist. Second derivatives
+    in boxes exist. The sum of a filter of more than a million pixels is cut.
+
+    Example:
+        >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> boxes = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]])
+        >>> crop_batch(image, boxes, 1).item()
+        7.5
+    """
+    _check_bad_index(bad_index)
+    several = not isinstance(images, Tensor)
+    last = {"NCHW": False, "NHWC": True}[input_format]
+    single = [image.permute(2, 0, 1) if last else image for image in images]
+    count, channels = len(single), single[0].shape[0] if single else 0
+    if not single and isinstance(images, Tensor):
+        channels = images.shape[3 if last else 1]
+    if scale is None:
+        scale = 1 / 255 if (images[0] if several else images).dtype == torch.uint8 else 1.0
+
+    columns = 4 if isinstance(boxes, Tensor) and boxes.shape[1] == 4 else 5
+    if isinstance(boxes, Tensor) and columns == 4:
+        index = torch.arange(len(boxes)) // max(len(boxes) // max(count, 1), 1)
+        index = index if image_index is None else image_index
+        rows = torch.cat([index[:, None].to(boxes.device, torch.float64), boxes.double()], 1)
+    else:
+        rows = _boxes_matrix(boxes, torch.float64)
+    flips = flip if isinstance(flip, Tensor) else torch.full((len(rows),), bool(flip))
+    height, width = _output_size(output_size)
+
+    def per_channel(numbers: float | Sequence[float]) -> Tensor:
+        values = torch.as_tensor(numbers, dtype=dtype).flatten()
+        return values.to(single[0].device if single else "cpu")[:, None, None]
+
+    results = []
+    for box, mirrored in zip(rows, flips.tolist(), strict=True):
+        image = _image_index(box[0].detach(), count, bad_index)
+        values = rows.new_full((channels, height, width), fill, dtype=dtype)
+        if image is not None:
+            own = single[image].to(dtype) - fill
+            _, x1, y1, x2, y2 = box
+            if mirrored:
+                x1, x2 = x2, x1
+            options = (antialias, support, padding_mode)
+            by_row = _filter_taps(y1, y2, height, own.shape[1], *options)
+            by_column = _filter_taps(x1, x2, width, own.shape[2], *options)
+            by_row, by_column = (
+                taps._replace(weight=taps.weight.to(dtype)) for taps in (by_row, by_column)
+            )
+            values = _pool(own, by_row, by_column, height, width) + fill
+        results.append(values * scale)
+    out = torch.stack(results) if results else rows.new_zeros(0, channels, height, width, dtype=dtype)
+    if mean is not None:
+        out = out - per_channel(mean)
+    return out if std is None else out / per_channel(std)

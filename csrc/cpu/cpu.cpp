@@ -83,7 +83,9 @@ const Backend& cpu_backend() {
                                   cpu_frames_grad_boxes,
                                   [](const GlimpseProblem&) -> size_t { return 0; },
                                   cpu_copy_glimpse,
-                                  cpu_paste};
+                                  cpu_paste,
+                                  [](const BatchProblem&) -> size_t { return 0; },
+                                  cpu_crop_batch};
   return backend;
 }
 

@@ -26,7 +26,9 @@ const Backend& cuda_backend() {
                                   cuda::frames_grad_boxes,
                                   cuda::copy_glimpse_workspace,
                                   cuda::copy_glimpse,
-                                  cuda::paste};
+                                  cuda::paste,
+                                  cuda::crop_batch_workspace,
+                                  cuda::crop_batch};
   return backend;
 }
 
