@@ -1144,37 +1144,57 @@ def _filter_taps(
     if support == "image":
         first = torch.where(first > 0, torch.zeros_like(first), first)
         last = torch.where(last < size, torch.full_like(last, size), last)
-
-    def weights(centre: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Pixels begin .. end - 1 that a cell reads, and their weights before they are divided."""
-        pixel = torch.arange(begin, end, dtype=torch.float64, device=low.device)
-        inside = (pixel > (centre - reach).detach()) & (pixel <= (centre + reach).detach())
-        inside &= (pixel + 1 > first.detach()) & (pixel < last.detach())
-        pixel = pixel[inside]
-        away = torch.where(pixel <= centre.detach(), centre - pixel, pixel - centre)
-        left = torch.where(first.detach() >= pixel, first, pixel)
-        right = torch.where(last.detach() <= pixel + 1, last, pixel + 1)
-        return pixel.to(torch.int64), (1 - away / reach) * (right - left)
+    outer = (math.floor(float(first.detach())), math.ceil(float(last.detach())) - 1)
 
     found = []
     for cell in range(cells):
         centre = (low - 0.5) + (cell + 0.5) * step
-        at = float(centre.detach())
-        # All pixels that count. A filter of millions of them is cut where it hardly matters.
-        most = 1_000_000
-        begin = max(math.floor(at - float(reach.detach())), math.floor(at) - most)
-        end = min(math.ceil(at + float(reach.detach())) + 1, math.ceil(at) + most)
-        begin = max(begin, math.floor(float(first.detach())))
-        end = min(end, math.ceil(float(last.detach())))
-        pixel, weight = weights(centre, begin, end)
-        total = weight.sum()
-        if not total > 0:
+        split = math.floor(float(centre.detach()))
+        begin = max(math.floor(float((centre - reach).detach())) + 1, outer[0])
+        end = min(math.floor(float((centre + reach).detach())), outer[1])
+
+        def triangle(pixel: Tensor, centre: Tensor = centre) -> Tensor:
+            """The height of the filter over the middle of a pixel."""
+            away = torch.where(pixel <= centre.detach(), centre - pixel, pixel - centre)
+            return 1 - away / reach
+
+        def share(pixel: Tensor) -> Tensor:
+            """How much of a pixel the window covers."""
+            left = torch.where(first.detach() >= pixel, first, pixel)
+            right = torch.where(last.detach() <= pixel + 1, last, pixel + 1)
+            return right - left
+
+        def total(
+            begin: int,
+            end: int,
+            split: int = split,
+            triangle: Callable[[Tensor], Tensor] = triangle,
+        ) -> Tensor:
+            """The weights of pixels begin .. end. In between they are two arithmetic series."""
+            weight = low.new_zeros(())
+            for pixel in {begin, end} & set(outer):
+                if begin <= pixel <= end:
+                    place = low.new_tensor(float(pixel))
+                    weight = weight + triangle(place) * share(place)
+            begin, end = begin + (begin == outer[0]), end - (end == outer[1])
+            for one, other in ((begin, min(end, split)), (max(begin, split + 1), end)):
+                if one <= other:
+                    ends = triangle(low.new_tensor([float(one), float(other)]))
+                    weight = weight + ends.sum() / 2 * (other - one + 1)
+            return weight
+
+        everything = total(begin, end) if begin <= end else low.new_zeros(())
+        if not everything > 0:
             continue
-        if padding == "border":
-            pixel = pixel.clamp(0, size - 1)
-        kept = (pixel >= 0) & (pixel < size)
-        cell_index = torch.full_like(pixel[kept], cell)
-        found.append(_AxisTaps(cell_index, pixel[kept], (weight / total)[kept]))
+        own = torch.arange(size, device=low.device)[max(begin, 0) : max(end + 1, 0)]
+        weight = triangle(own.to(low.dtype)) * share(own.to(low.dtype))
+        parts = [(own, weight)]
+        if padding == "border" and begin < 0:
+            parts.append((own.new_zeros(1), total(begin, min(end, -1))[None]))
+        if padding == "border" and end >= size:
+            parts.append((own.new_full((1,), size - 1), total(max(begin, size), end)[None]))
+        for pixel, part in parts:
+            found.append(_AxisTaps(torch.full_like(pixel, cell), pixel, part / everything))
     if not found:
         return _AxisTaps(nothing, nothing, low.new_zeros(0))
     return _AxisTaps(*(torch.cat(part) for part in zip(*found, strict=True)))
@@ -1203,7 +1223,7 @@ def crop_batch(
     Args and differences as in :func:`glimpse_ext.crop_batch`, but everything is computed and
     returned in ``dtype``, apart from weights, which are always float64; ``bad_index="zeros"`` gives
     a row without pixels, which is ``fill``, to a box whose image does not exist. Second derivatives
-    in boxes exist. The sum of a filter of more than a million pixels is cut.
+    in boxes exist.
 
     Example:
         >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
