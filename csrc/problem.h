@@ -32,7 +32,6 @@ struct Level {
 /// Box numbers are float, or double where dtype is kFloat64.
 struct Problem {
   Operator op;
-  FilterRule filter;  // where `used`, cells weigh pixels by Note [Filters] instead of sampling them
 
   int32_t levels;
   Level level[kMaxLevels];
@@ -51,6 +50,7 @@ struct Problem {
   int64_t boxes_per_image;     // the rule without either: box k reads image k / boxes_per_image
   const void* tangent;         // [boxes, box_columns] or null: the motion of the boxes
   int32_t tangent_axes;        // bit 1 << direction: that axis uses tangent weights
+  FilterRule filter;           // where `used`, cells weigh pixels: Note [Filters]
 
   double fill;  // pooled value of cells that keep no sample, and of boxes that read nothing
 

@@ -63,8 +63,8 @@ class _Call(NamedTuple):
         return torch.float64 if wide else torch.float32
 
     def per_channel(self, numbers: Sequence[float]) -> Tensor:
-        like = self.images[0]
-        return torch.tensor(list(numbers), dtype=self.images_type, device=like.device)[:, None, None]
+        device = self.images[0].device
+        return torch.tensor(list(numbers), dtype=self.images_type, device=device)[:, None, None]
 
     def as_result(self, values: Tensor) -> Tensor:
         memory = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -207,9 +207,7 @@ def _fake(*args: Any) -> Tensor:
         )
     size = (call.boxes.shape[0], first.shape[1], call.height, call.width)
     memory = torch.channels_last if call.channels_last else torch.contiguous_format
-    return torch.empty(
-        size, dtype=_DTYPES[call.dtype], device=first.device, memory_format=memory
-    )
+    return torch.empty(size, dtype=_DTYPES[call.dtype], device=first.device, memory_format=memory)
 
 
 _library_impl.impl(_NAME, _autograd_kernel, "Autograd", with_keyset=True)
@@ -332,8 +330,8 @@ def crop_batch(
                     1/3        2/3    1    2/3         1/3              weights, before their sum
 
     Args:
-        images: ``[N, C, H, W]``, or a list of ``[C, H, W]`` of any sizes; or with the channels last,
-            see ``input_format``. uint8, float32, float16, bfloat16 or float64, any strides.
+        images: ``[N, C, H, W]``, or a list of ``[C, H, W]`` of any sizes; or with channels last, see
+            ``input_format``. uint8, float32, float16, bfloat16 or float64, any strides.
         boxes: x1, y1, x2, y2 in pixels, edge units (pixel k covers k to k + 1), in one of these
             forms: ``[K, 5]`` with the image index in front; ``[K, 4]`` beside ``image_index``;
             ``[K, 4]`` alone, where the first K / N boxes belong to the first image and so on; or a

@@ -1128,6 +1128,10 @@ def paste_masks(
 # ------------------------------------------------------------------------------ resized crops
 
 
+def _floor(number: Tensor) -> float:
+    return float(number.detach().floor())
+
+
 def _filter_taps(
     low: Tensor, high: Tensor, cells: int, size: int, antialias: bool, support: str, padding: str
 ) -> _AxisTaps:
@@ -1144,14 +1148,14 @@ def _filter_taps(
     if support == "image":
         first = torch.where(first > 0, torch.zeros_like(first), first)
         last = torch.where(last < size, torch.full_like(last, size), last)
-    outer = (math.floor(float(first.detach())), math.ceil(float(last.detach())) - 1)
+    outer = (_floor(first), -_floor(-last) - 1)
 
     found = []
     for cell in range(cells):
         centre = (low - 0.5) + (cell + 0.5) * step
-        split = math.floor(float(centre.detach()))
-        begin = max(math.floor(float((centre - reach).detach())) + 1, outer[0])
-        end = min(math.floor(float((centre + reach).detach())), outer[1])
+        split = _floor(centre)
+        begin = max(_floor(centre - reach) + 1, outer[0])
+        end = min(_floor(centre + reach), outer[1])
 
         def triangle(pixel: Tensor, centre: Tensor = centre) -> Tensor:
             """The height of the filter over the middle of a pixel."""
@@ -1165,28 +1169,29 @@ def _filter_taps(
             return right - left
 
         def total(
-            begin: int,
-            end: int,
-            split: int = split,
+            begin: float,
+            end: float,
+            split: float = split,
             triangle: Callable[[Tensor], Tensor] = triangle,
         ) -> Tensor:
             """The weights of pixels begin .. end. In between they are two arithmetic series."""
             weight = low.new_zeros(())
             for pixel in {begin, end} & set(outer):
                 if begin <= pixel <= end:
-                    place = low.new_tensor(float(pixel))
+                    place = low.new_tensor(pixel)
                     weight = weight + triangle(place) * share(place)
             begin, end = begin + (begin == outer[0]), end - (end == outer[1])
             for one, other in ((begin, min(end, split)), (max(begin, split + 1), end)):
                 if one <= other:
-                    ends = triangle(low.new_tensor([float(one), float(other)]))
+                    ends = triangle(low.new_tensor([one, other]))
                     weight = weight + ends.sum() / 2 * (other - one + 1)
             return weight
 
         everything = total(begin, end) if begin <= end else low.new_zeros(())
         if not everything > 0:
             continue
-        own = torch.arange(size, device=low.device)[max(begin, 0) : max(end + 1, 0)]
+        inside = slice(int(min(max(begin, 0), size)), int(min(max(end + 1, 0), size)))
+        own = torch.arange(size, device=low.device)[inside]
         weight = triangle(own.to(low.dtype)) * share(own.to(low.dtype))
         parts = [(own, weight)]
         if padding == "border" and begin < 0:
@@ -1272,7 +1277,9 @@ def crop_batch(
             )
             values = _pool(own, by_row, by_column, height, width) + fill
         results.append(values * scale)
-    out = torch.stack(results) if results else rows.new_zeros(0, channels, height, width, dtype=dtype)
+    out = (
+        torch.stack(results) if results else rows.new_zeros(0, channels, height, width, dtype=dtype)
+    )
     if mean is not None:
         out = out - per_channel(mean)
     return out if std is None else out / per_channel(std)

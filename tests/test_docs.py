@@ -44,7 +44,7 @@ def test_speed_is_what_was_measured():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("page", ["coordinates.md", "borders.md"])
+@pytest.mark.parametrize("page", ["coordinates.md", "borders.md", "crop_batch.md"])
 def test_worked_examples(page):
     """Every example of the page, one after the other, as it is printed there."""
     result = doctest.testfile(str(DOCS / page), module_relative=False)

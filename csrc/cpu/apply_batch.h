@@ -47,36 +47,45 @@ GLIMPSE_INLINE Quad<A> sum_pixels(const A* pixel, int32_t pitch, const A* weight
 template <int Taps, class A>
 void batch_cells_of(const BatchCells<A>& cells, int32_t pitch, int64_t stride, A* to) {
   const Quad<A> multiplier = load_quad(cells.multiplier), offset = load_quad(cells.offset);
+  const A* row = cells.row;
+  const A* weight = cells.weight;
+  const A* fill = cells.fill;
+  const int32_t* first = cells.first;
+  const int32_t* start = cells.start;
+  const int32_t pixel = cells.pitch, uniform = cells.taps, count = cells.count;
+  const int32_t channels = cells.channels;
   const auto value = [&](int32_t j) {
-    const int32_t start = Taps > 0 ? j * Taps : cells.taps > 0 ? j * cells.taps : cells.start[j];
-    const int32_t taps = Taps > 0 ? Taps : cells.taps > 0 ? cells.taps : cells.start[j + 1] - start;
+    const int32_t begin = Taps > 0 ? j * Taps : uniform > 0 ? j * uniform : start[j];
+    const int32_t taps = Taps > 0 ? Taps : uniform > 0 ? uniform : start[j + 1] - begin;
     Quad<A> sum = {};
     if (Taps > 0 || taps > 0) {
-      sum = sum_pixels<Taps>(cells.row + int64_t{cells.first[j]} * cells.pitch, cells.pitch,
-                             cells.weight + start, taps);
+      sum = sum_pixels<Taps>(row + int64_t{first[j]} * pixel, pixel, weight + begin, taps);
     }
-    if (cells.fill != nullptr) sum = sum + quad_of(cells.fill[j]);
+    if (fill != nullptr) sum = sum + quad_of(fill[j]);
     return quad_multiply_add(sum, multiplier, offset);
   };
   if (pitch > 0) {
     // What a quad writes behind its own channels is written again by the next one.
-    for (int32_t j = 0; j < cells.count; ++j) {
+    const bool whole = channels == pitch || channels == 4;
+    for (int32_t j = 0; j < count; ++j, to += pitch) {
       const Quad<A> v = value(j);
-      A* at = to + int64_t{j} * pitch;
-      if (cells.channels == pitch || cells.channels == 4) {
-        store_quad(at, v);
+      if (whole) {
+        store_quad(to, v);
       } else {
-        for (int32_t c = 0; c < cells.channels; ++c) at[c] = v[c];
+        for (int32_t c = 0; c < channels; ++c) to[c] = v[c];
       }
     }
     return;
   }
-  for (int32_t j = 0; j < cells.count; j += 4) {
+  for (int32_t j = 0; j < count; j += 4) {
     Quad<A> square[4] = {};
-    const int32_t some = cells.count - j < 4 ? cells.count - j : 4;
-    for (int32_t i = 0; i < some; ++i) square[i] = value(j + i);
+    if (count - j >= 4) {
+      for (int32_t i = 0; i < 4; ++i) square[i] = value(j + i);
+    } else {
+      for (int32_t i = 0; i < count - j; ++i) square[i] = value(j + i);
+    }
     transpose_quads<A>(square);
-    for (int32_t c = 0; c < cells.channels; ++c) store_quad(to + c * stride + j, square[c]);
+    for (int32_t c = 0; c < channels; ++c) store_quad(to + c * stride + j, square[c]);
   }
 }
 

@@ -188,7 +188,7 @@ class Planner {
     plan.axis[kY] = along_y.axis;
     plan.axis[kX] = along_x.axis;
     const auto build = [&](int32_t direction, const BoxAxis<A>& line, RowBuffer<A>& buffer) {
-      if (problem_.filter.used != 0) {
+      if (problem_.filter.used) {
         buffer.build(filter_line(problem_, box, direction, line.size), line);
       } else {
         buffer.build(problem_.op, line);

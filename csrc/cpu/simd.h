@@ -62,10 +62,19 @@ GLIMPSE_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, V
 GLIMPSE_INLINE Vector<float> load(const float* from) { return load_bits<Vector<float>>(from); }
 GLIMPSE_INLINE Vector<double> load(const double* from) { return load_bits<Vector<double>>(from); }
 GLIMPSE_INLINE Vector<float> load(const uint8_t* from) {
+  // By name, because gcc makes scalar code of a conversion from 8 to 32 bits.
+#if GLIMPSE_VECTOR_BYTES == 64
+  const __m512i words = _mm512_maskz_cvtepu8_epi32(0xffff, load_bits<__m128i>(from));
+  return _mm512_maskz_cvtepi32_ps(0xffff, words);
+#elif GLIMPSE_VECTOR_BYTES == 32
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
   using Bytes = typename LaneIntegers<uint8_t>::type;
   using Words = typename LaneIntegers<int32_t>::type;
   return __builtin_convertvector(__builtin_convertvector(load_bits<Bytes>(from), Words),
                                  Vector<float>);
+#endif
 }
 GLIMPSE_INLINE Vector<float> load(const bfloat16* from) {
   using Halves = typename LaneIntegers<uint16_t>::type;

@@ -43,7 +43,7 @@ template <class T, class Visit>
 void for_each_mean_tap(const Problem& problem, const Line<T>& line, int32_t cell,
                        const Visit& visit) {
   const BoxAxis<T>& own = line.own;
-  if (problem.filter.used != 0) {
+  if (problem.filter.used) {
     FilterSlopes<T> slopes;
     const FilterRow<T> row = line.filter.template row<T>(cell, &slopes);
     for (int32_t i = 0; i < row.count; ++i) {

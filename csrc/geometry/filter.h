@@ -26,10 +26,10 @@ namespace glimpse {
 
 /// How crops are resized.
 struct FilterRule {
-  int32_t used;       // 0: cells are sampled, and the rest means nothing
-  int32_t antialias;  // 1: the triangle is as wide as a cell, where that is wider than a pixel
-  int32_t beyond;     // 1: pixels of the image beyond the box may be read
-  int32_t edge;       // 1: pixels outside the image are the nearest of it; 0: they are zeros
+  bool used;       // otherwise cells are sampled, and the rest means nothing
+  bool antialias;  // the triangle is as wide as a cell, where that is wider than a pixel
+  bool beyond;     // pixels of the image beyond the box may be read
+  bool edge;       // pixels outside the image are the nearest of it; otherwise they are zeros
 };
 
 /// The cells of an axis that are in some range, first <= i < end.
@@ -126,14 +126,14 @@ struct FilterLine {
     line.step_ = ((R(hi) - R(lo)) / R(cells)).value;
     const double pixels = line.step_ < 0 ? -line.step_ : line.step_;
     line.valid_ = line.origin_ - line.origin_ == 0 && pixels - pixels == 0 && pixels > 0;
-    const bool wide = rule.antialias != 0 && pixels > 1;
+    const bool wide = rule.antialias && pixels > 1;
     line.reach_ = wide ? pixels : 1.0;
     line.reach_step_ = !wide ? 0.0 : line.step_ < 0 ? -1.0 : 1.0;
     const bool growing = line.step_ > 0;
     line.low_ = {growing ? lo : hi, 1.0, growing ? 0.0 : static_cast<double>(cells)};
     line.high_ = {growing ? hi : lo, 1.0, growing ? static_cast<double>(cells) : 0.0};
-    if (rule.beyond != 0 && line.low_.place > 0) line.low_ = {0.0, 0.0, 0.0};
-    if (rule.beyond != 0 && line.high_.place < size) {
+    if (rule.beyond && line.low_.place > 0) line.low_ = {0.0, 0.0, 0.0};
+    if (rule.beyond && line.high_.place < size) {
       line.high_ = {static_cast<double>(size), 0.0, 0.0};
     }
     line.low_pixel_ = floor_of(line.low_.place);
@@ -175,7 +175,7 @@ struct FilterLine {
     const bool inside = own_first <= own_last;
     double coverage = 1;
     double read_first = own_first, read_last = own_last;
-    if (edge_ != 0) {
+    if (edge_) {
       read_first = first < 0 ? 0 : first > end ? end : first;
       read_last = last > end ? end : last < 0 ? 0 : last;
       const auto scaled = [&](const Mass& part, T* weight, T* origin, T* step) {
@@ -228,8 +228,8 @@ struct FilterLine {
   /// The cells whose rows can have the pixels first_pixel .. last_pixel, and maybe some more.
   GLIMPSE_HD FilterCells cells_reading(int32_t first_pixel, int32_t last_pixel) const {
     if (!valid_) return {0, 0};
-    const bool from_start = edge_ != 0 && first_pixel == 0;
-    const bool to_end = edge_ != 0 && last_pixel == size_ - 1;
+    const bool from_start = edge_ && first_pixel == 0;
+    const bool to_end = edge_ && last_pixel == size_ - 1;
     const R origin(origin_), step(step_);
     const double before = ((R(first_pixel) - R(reach_) - origin) / step).value;
     const double behind = ((R(last_pixel) + R(reach_) - origin) / step).value;
@@ -327,8 +327,7 @@ struct FilterLine {
   Share low_, high_;  // the ends of the window, edge units
   double low_pixel_, high_pixel_;
   int32_t size_, cells_;
-  int32_t edge_;
-  bool valid_;
+  bool edge_, valid_;
 };
 
 }  // namespace glimpse

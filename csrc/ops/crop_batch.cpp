@@ -16,7 +16,7 @@ NamedOperator make_crop_batch(bool antialias, bool beyond, bool edge) {
   crop.order = Crop::kXyxy;
   crop.unit = Unit::kPixels;
   crop.outside = Crop::kZeros;
-  const FilterRule filter = {1, antialias ? 1 : 0, beyond ? 1 : 0, edge ? 1 : 0};
+  const FilterRule filter = {true, antialias, beyond, edge};
   return {kName, Operator(crop), "x1, y1, x2, y2", true, filter};
 }
 
