@@ -1128,80 +1128,71 @@ def paste_masks(
 # ------------------------------------------------------------------------------ resized crops
 
 
-def _floor(number: Tensor) -> float:
-    return float(number.detach().floor())
-
-
 def _filter_taps(
     low: Tensor, high: Tensor, cells: int, size: int, antialias: bool, support: str, padding: str
 ) -> _AxisTaps:
     """Taps of an axis whose cells weigh pixels by a triangle. Places are float64 edge units."""
-    nothing = low.new_zeros(0, dtype=torch.int64)
     step = (high - low) / cells
     if not (torch.isfinite(low) and torch.isfinite(step)) or step == 0:
+        nothing = torch.zeros(0, dtype=torch.int64, device=low.device)
         return _AxisTaps(nothing, nothing, low.new_zeros(0))
-    pixels = step.abs()
-    reach = torch.where(pixels > 1, pixels, torch.ones_like(pixels))
-    if not antialias:
-        reach = torch.ones_like(pixels)
+    reach = torch.ones_like(step)
+    if antialias and abs(step) > 1:
+        reach = step.abs()
     first, last = (low, high) if step > 0 else (high, low)  # of the window
     if support == "image":
         first = torch.where(first > 0, torch.zeros_like(first), first)
         last = torch.where(last < size, torch.full_like(last, size), last)
-    outer = (_floor(first), -_floor(-last) - 1)
+    outer = first.detach().floor(), last.detach().ceil() - 1
 
+    # A row for each cell, a column for each pixel.
+    centre = ((low - 0.5) + (torch.arange(cells, device=low.device) + 0.5) * step)[:, None]
+    split = centre.detach().floor()
+    begin = torch.maximum((centre - reach).detach().floor() + 1, outer[0])
+    end = torch.minimum((centre + reach).detach().floor(), outer[1])
+
+    def triangle(pixel: Tensor) -> Tensor:
+        """The height of the filter over the middle of a pixel."""
+        away = torch.where(pixel <= centre.detach(), centre - pixel, pixel - centre)
+        return 1 - away / reach
+
+    def share(pixel: Tensor) -> Tensor:
+        """How much of a pixel the window covers."""
+        left = torch.where(first.detach() >= pixel, first, pixel)
+        right = torch.where(last.detach() <= pixel + 1, last, pixel + 1)
+        return right - left
+
+    def total(begin: Tensor, end: Tensor) -> Tensor:
+        """The weights of pixels begin .. end: outer ones, and two arithmetic series in between."""
+
+        def some(holds: Tensor, weight: Tensor) -> Tensor:
+            return torch.where(holds, weight, torch.zeros_like(weight))
+
+        at_first = (begin == outer[0]) & (begin <= end)
+        at_last = (end == outer[1]) & (begin + at_first.double() <= end)
+        weight = some(at_first, triangle(begin) * share(begin))
+        weight = weight + some(at_last, triangle(end) * share(end))
+        begin, end = begin + at_first.double(), end - at_last.double()
+        left, right = (begin, torch.minimum(end, split)), (torch.maximum(begin, split + 1), end)
+        for one, other in (left, right):
+            series = (triangle(one) + triangle(other)) / 2 * (other - one + 1)
+            weight = weight + some(one <= other, series)
+        return weight
+
+    everything = total(begin, end)
+    valid = (everything > 0) & (begin <= end)
+    everything = torch.where(valid, everything, torch.ones_like(everything))
+    pixel = torch.arange(size, device=low.device)[None, :]
+    inside = (pixel >= begin) & (pixel <= end)
+    parts = [(pixel, inside, triangle(pixel.double()) * share(pixel.double()))]
+    if padding == "border":
+        before, behind = end.clamp(max=-1), begin.clamp(min=size)
+        parts.append((pixel[:, :1], begin <= before, total(begin, before)))
+        parts.append((pixel[:, -1:], behind <= end, total(behind, end)))
     found = []
-    for cell in range(cells):
-        centre = (low - 0.5) + (cell + 0.5) * step
-        split = _floor(centre)
-        begin = max(_floor(centre - reach) + 1, outer[0])
-        end = min(_floor(centre + reach), outer[1])
-
-        def triangle(pixel: Tensor, centre: Tensor = centre) -> Tensor:
-            """The height of the filter over the middle of a pixel."""
-            away = torch.where(pixel <= centre.detach(), centre - pixel, pixel - centre)
-            return 1 - away / reach
-
-        def share(pixel: Tensor) -> Tensor:
-            """How much of a pixel the window covers."""
-            left = torch.where(first.detach() >= pixel, first, pixel)
-            right = torch.where(last.detach() <= pixel + 1, last, pixel + 1)
-            return right - left
-
-        def total(
-            begin: float,
-            end: float,
-            split: float = split,
-            triangle: Callable[[Tensor], Tensor] = triangle,
-        ) -> Tensor:
-            """The weights of pixels begin .. end. In between they are two arithmetic series."""
-            weight = low.new_zeros(())
-            for pixel in {begin, end} & set(outer):
-                if begin <= pixel <= end:
-                    place = low.new_tensor(pixel)
-                    weight = weight + triangle(place) * share(place)
-            begin, end = begin + (begin == outer[0]), end - (end == outer[1])
-            for one, other in ((begin, min(end, split)), (max(begin, split + 1), end)):
-                if one <= other:
-                    ends = triangle(low.new_tensor([one, other]))
-                    weight = weight + ends.sum() / 2 * (other - one + 1)
-            return weight
-
-        everything = total(begin, end) if begin <= end else low.new_zeros(())
-        if not everything > 0:
-            continue
-        inside = slice(int(min(max(begin, 0), size)), int(min(max(end + 1, 0), size)))
-        own = torch.arange(size, device=low.device)[inside]
-        weight = triangle(own.to(low.dtype)) * share(own.to(low.dtype))
-        parts = [(own, weight)]
-        if padding == "border" and begin < 0:
-            parts.append((own.new_zeros(1), total(begin, min(end, -1))[None]))
-        if padding == "border" and end >= size:
-            parts.append((own.new_full((1,), size - 1), total(max(begin, size), end)[None]))
-        for pixel, part in parts:
-            found.append(_AxisTaps(torch.full_like(pixel, cell), pixel, part / everything))
-    if not found:
-        return _AxisTaps(nothing, nothing, low.new_zeros(0))
+    for at, counts, weight in parts:
+        cell, column = (counts & valid).nonzero().unbind(1)
+        found.append(_AxisTaps(cell, at[0][column], (weight / everything)[cell, column]))
     return _AxisTaps(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 

@@ -7,11 +7,6 @@
 
 #define GLIMPSE_VECTOR_BYTES 16
 
-// Quads of doubles are passed inside this file only.
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
 namespace glimpse::baseline {
 #include "cpu/apply.h"
 }  // namespace glimpse::baseline
