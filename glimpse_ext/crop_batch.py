@@ -330,8 +330,8 @@ def crop_batch(
                     1/3        2/3    1    2/3         1/3              weights, before their sum
 
     Args:
-        images: ``[N, C, H, W]``, or a list of ``[C, H, W]`` of any sizes; or with channels last, see
-            ``input_format``. uint8, float32, float16, bfloat16 or float64, any strides.
+        images: ``[N, C, H, W]``, or a list of ``[C, H, W]`` of any sizes; or with channels last,
+            see ``input_format``. uint8, float32, float16, bfloat16 or float64, any strides.
         boxes: x1, y1, x2, y2 in pixels, edge units (pixel k covers k to k + 1), in one of these
             forms: ``[K, 5]`` with the image index in front; ``[K, 4]`` beside ``image_index``;
             ``[K, 4]`` alone, where the first K / N boxes belong to the first image and so on; or a

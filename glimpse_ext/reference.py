@@ -1146,7 +1146,8 @@ def _filter_taps(
     outer = first.detach().floor(), last.detach().ceil() - 1
 
     # A row for each cell, a column for each pixel.
-    centre = ((low - 0.5) + (torch.arange(cells, device=low.device) + 0.5) * step)[:, None]
+    cell = torch.arange(cells, dtype=torch.float64, device=low.device)
+    centre = ((low - 0.5) + (cell + 0.5) * step)[:, None]
     split = centre.detach().floor()
     begin = torch.maximum((centre - reach).detach().floor() + 1, outer[0])
     end = torch.minimum((centre + reach).detach().floor(), outer[1])
@@ -1191,8 +1192,8 @@ def _filter_taps(
         parts.append((pixel[:, -1:], behind <= end, total(behind, end)))
     found = []
     for at, counts, weight in parts:
-        cell, column = (counts & valid).nonzero().unbind(1)
-        found.append(_AxisTaps(cell, at[0][column], (weight / everything)[cell, column]))
+        row, column = (counts & valid).nonzero().unbind(1)
+        found.append(_AxisTaps(row, at[0][column], (weight / everything)[row, column]))
     return _AxisTaps(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
@@ -1228,14 +1229,14 @@ def crop_batch(
         7.5
     """
     _check_bad_index(bad_index)
-    several = not isinstance(images, Tensor)
     last = {"NCHW": False, "NHWC": True}[input_format]
     single = [image.permute(2, 0, 1) if last else image for image in images]
     count, channels = len(single), single[0].shape[0] if single else 0
     if not single and isinstance(images, Tensor):
         channels = images.shape[3 if last else 1]
     if scale is None:
-        scale = 1 / 255 if (images[0] if several else images).dtype == torch.uint8 else 1.0
+        first = images if isinstance(images, Tensor) else images[0]
+        scale = 1 / 255 if first.dtype == torch.uint8 else 1.0
 
     columns = 4 if isinstance(boxes, Tensor) and boxes.shape[1] == 4 else 5
     if isinstance(boxes, Tensor) and columns == 4:

