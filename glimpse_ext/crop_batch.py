@@ -245,7 +245,7 @@ def _numbers(name: str, value: float | Sequence[float] | None, default: float) -
         return [default]
     if isinstance(value, Tensor):
         raise TypeError(f"{_NAME}: {name} must be numbers, which the host knows, got a tensor")
-    numbers = [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)]  # type: ignore[arg-type]
+    numbers = [float(v) for v in (value if isinstance(value, Sequence) else [value])]
     if not numbers:
         raise ValueError(f"{_NAME}: {name} must be one number or one for each channel, got none")
     return numbers
@@ -377,8 +377,8 @@ def crop_batch(
     >>> boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0]])
     >>> batch = glimpse_ext.crop_batch(image, boxes, 2, input_format="NHWC", scale=1.0)
     >>> batch[0, 0]
-    tensor([[ 9.4286, 14.5714],
-            [30.0000, 35.1429]])
+    tensor([[10.7143, 15.4286],
+            [29.5714, 34.2857]])
     """
     if image_index is not None and not isinstance(boxes, Tensor):
         raise TypeError(f"{_NAME}: a list of boxes takes no image_index")
