@@ -368,8 +368,7 @@ def crop_batch(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit; on CPU also an image index outside
-            the batch (on CUDA such a box is empty; see :func:`set_check_indices`); on CUDA more
-            than 32 channels.
+            the batch. On CUDA such a box is empty; see :func:`set_check_indices`.
         ValueError, TypeError: an unknown option, a list or size that is none.
 
     >>> import torch, glimpse_ext

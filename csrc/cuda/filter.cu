@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <stdexcept>
-#include <string>
 
 #include "cuda/kernels.h"
 
@@ -31,15 +30,7 @@ void write_rows(const Problem& problem, const BatchChunk& chunk) {
 template <class T>
 void crop_batch_typed(const BatchProblem& batch) {
   const Problem& problem = batch.problem;
-  if (problem.channels > BatchNumbers::kChannels) {
-    throw std::invalid_argument("crop_batch: takes at most 32 channels on CUDA, got " +
-                                std::to_string(problem.channels));
-  }
   BatchNumbers numbers = {};
-  for (int64_t c = 0; c < problem.channels; ++c) {
-    numbers.multiplier[c] = batch.multiplier[c];
-    numbers.offset[c] = batch.offset[c];
-  }
   numbers.fill = batch.fill;
   numbers.result = batch.result;
   const int64_t cells = problem.boxes * problem.out_height * problem.out_width;
@@ -52,8 +43,18 @@ void crop_batch_typed(const BatchProblem& batch) {
       for (int32_t i = 0; i < chunk.count; ++i) chunk.image[i] = batch.list[chunk.first + i];
     }
     write_rows<acc_t<T>>(problem, chunk);
-    launch(crop_batch_kernel<T>, filter_blocks(cells), kFilterThreads, 0, stream_of(problem),
-           problem, chunk, numbers);
+    for (numbers.first = 0; numbers.first < problem.channels;
+         numbers.first += BatchNumbers::kChannels) {
+      const int64_t left = problem.channels - numbers.first;
+      numbers.count =
+          static_cast<int32_t>(left < BatchNumbers::kChannels ? left : BatchNumbers::kChannels);
+      for (int32_t c = 0; c < numbers.count; ++c) {
+        numbers.multiplier[c] = batch.multiplier[numbers.first + c];
+        numbers.offset[c] = batch.offset[numbers.first + c];
+      }
+      launch(crop_batch_kernel<T>, filter_blocks(cells), kFilterThreads, 0, stream_of(problem),
+             problem, chunk, numbers);
+    }
   }
 }
 

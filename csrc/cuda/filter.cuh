@@ -127,9 +127,11 @@ __global__ void __launch_bounds__(kFilterThreads)
   }
 }
 
-/// What becomes of a value.
+/// What becomes of the values of channels first .. first + count - 1.
 struct BatchNumbers {
   static constexpr int32_t kChannels = 32;
+  int64_t first;
+  int32_t count;
   double multiplier[kChannels], offset[kChannels];
   double fill;
   Dtype result;
@@ -144,7 +146,7 @@ __device__ __forceinline__ void store_result(Dtype dtype, void* data, int64_t i,
   }
 }
 
-/// Thread: a cell of all channels, four at a time.
+/// Thread: a cell of all channels of `numbers`, four at a time.
 template <class T>
 __global__ void __launch_bounds__(kFilterThreads)
     crop_batch_kernel(GLIMPSE_GRID_CONSTANT Problem problem, GLIMPSE_GRID_CONSTANT BatchChunk chunk,
@@ -190,12 +192,12 @@ __global__ void __launch_bounds__(kFilterThreads)
     }
     const Number added =
         numbers.fill == 0 ? Number(0) : static_cast<Number>(numbers.fill) * missing;
-    for (int32_t first = 0; first < problem.channels; first += 4) {
+    for (int32_t first = 0; first < numbers.count; first += 4) {
       Number sum[4] = {};
       GLIMPSE_NO_UNROLL
       for (int32_t j = 0; j < count_y; ++j) {
         const Number weight_y = row_y->row.weight(j);
-        const T* line = pixels + j * image.stride_h + first * image.stride_c;
+        const T* line = pixels + j * image.stride_h + (numbers.first + first) * image.stride_c;
         GLIMPSE_NO_UNROLL
         for (int32_t l = 0; l < count_x; ++l) {
           const Number weight = weight_y * row_x->row.weight(l);
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(kFilterThreads)
           if (weight == 0) continue;
           GLIMPSE_UNROLL
           for (int32_t c = 0; c < 4; ++c) {
-            if (first + c < problem.channels) {
+            if (first + c < numbers.count) {
               sum[c] += weight * load_value(line[l * image.stride_w + c * image.stride_c]);
             }
           }
@@ -211,12 +213,12 @@ __global__ void __launch_bounds__(kFilterThreads)
       }
       GLIMPSE_UNROLL
       for (int32_t c = 0; c < 4; ++c) {
-        const int32_t channel = first + c;
-        if (channel >= problem.channels) continue;
-        const Number value = (sum[c] + added) * static_cast<Number>(numbers.multiplier[channel]) +
-                             static_cast<Number>(numbers.offset[channel]);
-        const int64_t at =
-            nhwc ? i * problem.channels + channel : (k * problem.channels + channel) * plane + cell;
+        if (first + c >= numbers.count) continue;
+        const int64_t channel = numbers.first + first + c;
+        const Number value = (sum[c] + added) * static_cast<Number>(numbers.multiplier[first + c]) +
+                             static_cast<Number>(numbers.offset[first + c]);
+        const int64_t at = nhwc ? i * problem.channels + channel
+                                : (k * problem.channels + channel) * plane + cell;
         store_result(numbers.result, problem.pooled, at, value);
       }
     }

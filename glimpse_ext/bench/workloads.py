@@ -268,6 +268,7 @@ WORKLOADS = [
     _tiny("p", _PASTE, channels=1, mask=14, **_SMALL),
     _tiny("t", _ROTATED),
     _tiny("s", _POINTS, points=16),
+    _tiny("b", _BATCH, batch=4, channels=3, pixels=True, **_SMALL),
     _PASTE,
     replace(
         _PASTE,
