@@ -108,21 +108,25 @@ def test_pil(device):
 
 
 def test_torchvision_resizes_alike(device):
+    """In float64 but for the last bits; the weights of torch are float32 for other pictures."""
     functional = pytest.importorskip(
         "torchvision.transforms.v2.functional", reason="torchvision is not installed"
     )
     image = random_tensor(SHAPE, U8, "torchvision").to(device.torch)
     rows = [*WHOLE_BOXES, (0, -5, -3, 20, 30), (1, 30, 20, 70, 60)]
-    for size in ((11, 9), (50, 60)):
-        expected = []
-        for n, x1, y1, x2, y2 in rows:
-            one = functional.crop(image[n], y1, x1, y2 - y1, x2 - x1)
-            one = functional.to_dtype(one, F32, scale=True)
-            one = functional.resize(one, list(size), antialias=True)
-            expected.append(functional.normalize(one, MEAN, STD))
-        boxes = boxes_of(rows, F32, device.torch)
-        got = crop_batch(image, boxes, size, mean=MEAN, std=STD)
-        assert (got - torch.stack(expected)).abs().max() < 1e-5
+    for dtype, limit in ((F64, 1e-12), (F32, 1e-4)):
+        boxes = boxes_of(rows, dtype, device.torch)
+        for size in ((11, 9), (50, 60)):
+            expected = []
+            for n, x1, y1, x2, y2 in rows:
+                one = functional.crop(image[n], y1, x1, y2 - y1, x2 - x1)
+                one = functional.to_dtype(one, dtype, scale=True)
+                one = functional.resize(one, list(size), antialias=True)
+                expected.append(functional.normalize(one, MEAN, STD))
+            pictures = image if dtype == F32 else image.double() / 255
+            got = crop_batch(pictures, boxes, size, mean=MEAN, std=STD, dtype=dtype)
+            error = (got - torch.stack(expected)).abs().max()
+            assert error < limit, f"{dtype}, {size}: {error}"
 
 
 # ----------------------------------------------------------------------------- between the pixels

@@ -217,8 +217,8 @@ __global__ void __launch_bounds__(kFilterThreads)
         const int64_t channel = numbers.first + first + c;
         const Number value = (sum[c] + added) * static_cast<Number>(numbers.multiplier[first + c]) +
                              static_cast<Number>(numbers.offset[first + c]);
-        const int64_t at = nhwc ? i * problem.channels + channel
-                                : (k * problem.channels + channel) * plane + cell;
+        const int64_t at =
+            nhwc ? i * problem.channels + channel : (k * problem.channels + channel) * plane + cell;
         store_result(numbers.result, problem.pooled, at, value);
       }
     }
