@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "batch_problem.h"
 #include "frame_problem.h"
 #include "glimpse_problem.h"
 #include "paste_problem.h"
@@ -45,6 +46,10 @@ struct Backend {
   void (*paste)(const PasteProblem&);
   /// Where their images change, without the images. None: runs are made on the host at once.
   void (*paste_changes)(const PasteProblem&, const PasteChanges&);
+  /// Resized crops of several images. The value, before it is scaled and converted, is that of
+  /// sample with a filter, and so are its derivatives.
+  size_t (*crop_batch_workspace)(const BatchProblem&);
+  void (*crop_batch)(const BatchProblem&);
 };
 
 }  // namespace glimpse

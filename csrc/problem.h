@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "geometry/filter.h"
 #include "geometry/operators.h"
 #include "geometry/pyramid.h"
 #include "geometry/tables.h"
@@ -49,6 +50,7 @@ struct Problem {
   int64_t boxes_per_image;     // the rule without either: box k reads image k / boxes_per_image
   const void* tangent;         // [boxes, box_columns] or null: the motion of the boxes
   int32_t tangent_axes;        // bit 1 << direction: that axis uses tangent weights
+  FilterRule filter;           // where `used`, cells weigh pixels: Note [Filters]
 
   double fill;  // pooled value of cells that keep no sample, and of boxes that read nothing
 
@@ -132,6 +134,16 @@ GLIMPSE_HD BoxAxis<T> box_axis(const Problem& problem, const Box<T>& box, int32_
                                     box.tangent[problem.op.hi_column(direction)])
               : Weighting<T>::value();
   return result;
+}
+
+/// The same where cells weigh pixels.
+template <class T>
+GLIMPSE_HD FilterLine filter_line(const Problem& problem, const Box<T>& box, int32_t direction,
+                                  int32_t size) {
+  return FilterLine::of(problem.filter,
+                        static_cast<double>(box.edges[problem.op.lo_column(direction)]),
+                        static_cast<double>(box.edges[problem.op.hi_column(direction)]), size,
+                        direction == kY ? problem.out_height : problem.out_width);
 }
 
 }  // namespace glimpse

@@ -11,6 +11,7 @@ from ._library import FallbackWarning
 from ._memory import set_huge_pages
 from .convert_boxes import convert_boxes
 from .crop import crop, crop_and_resize, point_sample
+from .crop_batch import crop_batch
 from .extract_glimpse import extract_glimpse
 from .paste_masks import paste_masks
 from .paste_masks_to_bits import paste_masks_to_bits, unpack_masks
@@ -26,6 +27,7 @@ __all__ = [
     "convert_boxes",
     "crop",
     "crop_and_resize",
+    "crop_batch",
     "extract_glimpse",
     "multiscale_roi_align",
     "nn",

@@ -35,6 +35,7 @@ from . import _library  # noqa: F401  (the operators must exist before they are 
 from ._sampling import (
     AXES,
     BOTH,
+    CURVED,
     Maps,
     Opaque,
     Sampler,
@@ -185,6 +186,16 @@ def grad_boxes(features: Sequence[Tensor], grad: Tensor, where: Where) -> Tensor
     return out
 
 
+def _refuse_second(where: Where) -> None:
+    """Where a rule below takes second derivatives along an axis for zero, but they are not."""
+    name = CURVED.get(where.sampler.op)
+    if name is not None:
+        raise RuntimeError(
+            f"{name}: second derivatives in the boxes are not known: expects at most one "
+            "derivative in the boxes, got a derivative of it"
+        )
+
+
 # ---------------------------------------------------------------------------------------------
 # The rules: vector-Jacobian and Jacobian-vector products of the three applications.
 
@@ -223,6 +234,8 @@ def _sample_vjp(
     if needs.features:
         to_features = grad_features(grad, where, maps)
     if needs.boxes or needs.tangent:
+        if needs.boxes and where.axes:
+            _refuse_second(where)
         assert features is not None
         to_boxes, to_tangent = _split(grad_boxes(features, grad, where.slopes()), where, needs)
     return _Gradients(to_features, to_boxes, to_tangent)
@@ -236,6 +249,8 @@ def _grad_features_vjp(
     if needs.grad:
         to_grad = sample(cotangents, where)
     if needs.boxes or needs.tangent:
+        if needs.boxes and where.axes:
+            _refuse_second(where)
         to_boxes, to_tangent = _split(grad_boxes(cotangents, grad, where.slopes()), where, needs)
     return _Gradients((), to_boxes, to_tangent, to_grad)
 
@@ -256,6 +271,8 @@ def _grad_boxes_vjp(
             to_grad.append(sample(features, moved))
     to_boxes = to_tangent = None
     if needs.boxes or needs.tangent:
+        if needs.boxes:
+            _refuse_second(where)
         moved = where._replace(tangent=cotangent, axes=BOTH)
         to_boxes, to_tangent = _split(grad_boxes(features, grad, moved), where, needs)
     return _Gradients(
@@ -270,6 +287,8 @@ def _motions(
     where: Where, boxes_tangent: Tensor | None, tangent_tangent: Tensor | None
 ) -> list[Where]:
     """The places whose applications add up to the derivative along motions of boxes and tangent."""
+    if where.axes and boxes_tangent is not None:
+        _refuse_second(where)
     moved = []
     for axis in AXES:
         motion = tangent_tangent if where.axes & axis else boxes_tangent
@@ -330,6 +349,8 @@ def _grad_boxes_jvp(
     tangent_tangent: Tensor | None,
 ) -> Tensor | None:
     where = where.linear()
+    if boxes_tangent is not None:
+        _refuse_second(where)
     terms = []
     if any(t is not None for t in features_tangents):
         terms.append(grad_boxes(_filled(features_tangents, features), grad, where))

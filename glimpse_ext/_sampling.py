@@ -29,6 +29,11 @@ COLUMNS: dict[int, Callable[[tuple[float, ...]], BoxColumns]] = {}
 """The columns of each operator kind, from its params; csrc/geometry/operators.h."""
 
 
+CURVED: dict[int, str] = {}
+"""Kinds whose weights are not linear in the boxes, with the name that errors say: their second
+derivatives along an axis are not zero and not known."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The numbers of a call that are not tensors, as the generic operators take them.

@@ -14,6 +14,7 @@ torch.Size([1, 8, 7, 7])
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 from . import reference
 from ._arguments import size_pair
 from .crop import crop, crop_and_resize
+from .crop_batch import crop_batch
 from .roi_align import multiscale_roi_align, roi_align
 
 __all__ = [
     "Crop",
     "CropAndResize",
+    "CropBatch",
     "Glimpse",
     "MultiScaleRoIAlign",
     "PasteMasks",
@@ -396,6 +399,37 @@ class CropAndResize(_Sampler):
             self.extrapolation_value,
             convention=self.convention,
         )
+
+
+class CropBatch(_Sampler):
+    """:func:`glimpse_ext.crop_batch`: boxes of images as a batch for a network.
+
+    Args:
+        output_size: ``height, width`` or one number for both.
+        options: the keyword arguments of ``crop_batch`` that are not tensors.
+    """
+
+    def __init__(self, output_size: int | Sequence[int], **options: Any) -> None:
+        super().__init__()
+        self.output_size = size_pair("CropBatch", output_size)
+        known = inspect.signature(crop_batch).parameters
+        for name in options:
+            if name not in known or name in ("images", "boxes", "image_index"):
+                raise TypeError(f"CropBatch: expects options of crop_batch, got {name!r}")
+        self.options = options
+
+    def extra_repr(self) -> str:
+        shown = {"output_size": self.output_size, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def forward(
+        self,
+        images: Tensor | Sequence[Tensor],
+        boxes: Tensor | Sequence[Tensor],
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """``[K, C, height, width]`` from images and boxes as in ``crop_batch``."""
+        return crop_batch(images, boxes, self.output_size, image_index=image_index, **self.options)
 
 
 class Glimpse(_Sampler):

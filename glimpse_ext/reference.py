@@ -23,6 +23,7 @@ __all__ = [
     "assign_levels",
     "crop",
     "crop_and_resize",
+    "crop_batch",
     "extract_glimpse",
     "multiscale_roi_align",
     "paste_masks",
@@ -1204,3 +1205,155 @@ def paste_masks_to_rle(
             y, x = image.nonzero().unbind(1)
             box[:] = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
     return rles, pasted.flatten(1).sum(1), tight
+
+
+# ------------------------------------------------------------------------------ resized crops
+
+
+def _filter_taps(
+    low: Tensor, high: Tensor, cells: int, size: int, antialias: bool, support: str, padding: str
+) -> _AxisTaps:
+    """Taps of an axis whose cells weigh pixels by a triangle. Places are float64 edge units."""
+    step = (high - low) / cells
+    if not (torch.isfinite(low) and torch.isfinite(step)) or step == 0:
+        nothing = torch.zeros(0, dtype=torch.int64, device=low.device)
+        return _AxisTaps(nothing, nothing, low.new_zeros(0))
+    reach = torch.ones_like(step)
+    if antialias and abs(step) > 1:
+        reach = step.abs()
+    first, last = (low, high) if step > 0 else (high, low)  # of the window
+    if support == "image":
+        first = torch.where(first > 0, torch.zeros_like(first), first)
+        last = torch.where(last < size, torch.full_like(last, size), last)
+    outer = first.detach().floor(), last.detach().ceil() - 1
+
+    # A row for each cell, a column for each pixel.
+    cell = torch.arange(cells, dtype=torch.float64, device=low.device)
+    centre = ((low - 0.5) + (cell + 0.5) * step)[:, None]
+    split = centre.detach().floor()
+    begin = torch.maximum((centre - reach).detach().floor() + 1, outer[0])
+    end = torch.minimum((centre + reach).detach().floor(), outer[1])
+
+    def triangle(pixel: Tensor) -> Tensor:
+        """The height of the filter over the middle of a pixel."""
+        away = torch.where(pixel <= centre.detach(), centre - pixel, pixel - centre)
+        return 1 - away / reach
+
+    def share(pixel: Tensor) -> Tensor:
+        """How much of a pixel the window covers."""
+        left = torch.where(first.detach() >= pixel, first, pixel)
+        right = torch.where(last.detach() <= pixel + 1, last, pixel + 1)
+        return right - left
+
+    def total(begin: Tensor, end: Tensor) -> Tensor:
+        """The weights of pixels begin .. end: outer ones, and two arithmetic series in between."""
+
+        def some(holds: Tensor, weight: Tensor) -> Tensor:
+            return torch.where(holds, weight, torch.zeros_like(weight))
+
+        at_first = (begin == outer[0]) & (begin <= end)
+        at_last = (end == outer[1]) & (begin + at_first.double() <= end)
+        weight = some(at_first, triangle(begin) * share(begin))
+        weight = weight + some(at_last, triangle(end) * share(end))
+        begin, end = begin + at_first.double(), end - at_last.double()
+        left, right = (begin, torch.minimum(end, split)), (torch.maximum(begin, split + 1), end)
+        for one, other in (left, right):
+            series = (triangle(one) + triangle(other)) / 2 * (other - one + 1)
+            weight = weight + some(one <= other, series)
+        return weight
+
+    everything = total(begin, end)
+    valid = (everything > 0) & (begin <= end)
+    everything = torch.where(valid, everything, torch.ones_like(everything))
+    pixel = torch.arange(size, device=low.device)[None, :]
+    inside = (pixel >= begin) & (pixel <= end)
+    parts = [(pixel, inside, triangle(pixel.double()) * share(pixel.double()))]
+    if padding == "border":
+        before, behind = end.clamp(max=-1), begin.clamp(min=size)
+        parts.append((pixel[:, :1], begin <= before, total(begin, before)))
+        parts.append((pixel[:, -1:], behind <= end, total(behind, end)))
+    found = []
+    for at, counts, weight in parts:
+        row, column = (counts & valid).nonzero().unbind(1)
+        found.append(_AxisTaps(row, at[0][column], (weight / everything)[row, column]))
+    return _AxisTaps(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def crop_batch(
+    images: Tensor | Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    *,
+    input_format: str = "NCHW",
+    image_index: Tensor | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    scale: float | None = None,
+    antialias: bool = True,
+    flip: bool | Tensor | None = None,
+    support: str = "box",
+    padding_mode: str = "constant",
+    fill: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    bad_index: str = "zeros",
+) -> Tensor:
+    """Boxes of images, resized by a filter, scaled and normalised, in plain PyTorch.
+
+    Args and differences as in :func:`glimpse_ext.crop_batch`, but everything is computed and
+    returned in ``dtype``, apart from weights, which are always float64; ``bad_index="zeros"`` gives
+    a row without pixels, which is ``fill``, to a box whose image does not exist. Second derivatives
+    in boxes exist.
+
+    Example:
+        >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> boxes = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]])
+        >>> crop_batch(image, boxes, 1).item()
+        7.5
+    """
+    _check_bad_index(bad_index)
+    last = {"NCHW": False, "NHWC": True}[input_format]
+    single = [image.permute(2, 0, 1) if last else image for image in images]
+    count, channels = len(single), single[0].shape[0] if single else 0
+    if not single and isinstance(images, Tensor):
+        channels = images.shape[3 if last else 1]
+    if scale is None:
+        first = images if isinstance(images, Tensor) else images[0]
+        scale = 1 / 255 if first.dtype == torch.uint8 else 1.0
+
+    columns = 4 if isinstance(boxes, Tensor) and boxes.shape[1] == 4 else 5
+    if isinstance(boxes, Tensor) and columns == 4:
+        index = torch.arange(len(boxes)) // max(len(boxes) // max(count, 1), 1)
+        index = index if image_index is None else image_index
+        rows = torch.cat([index[:, None].to(boxes.device, torch.float64), boxes.double()], 1)
+    else:
+        rows = _boxes_matrix(boxes, torch.float64)
+    flips = flip if isinstance(flip, Tensor) else torch.full((len(rows),), bool(flip))
+    height, width = _output_size(output_size)
+
+    def per_channel(numbers: float | Sequence[float]) -> Tensor:
+        values = torch.as_tensor(numbers, dtype=dtype).flatten()
+        return values.to(single[0].device if single else "cpu")[:, None, None]
+
+    results = []
+    for box, mirrored in zip(rows, flips.tolist(), strict=True):
+        image = _image_index(box[0].detach(), count, bad_index)
+        values = rows.new_full((channels, height, width), fill, dtype=dtype)
+        if image is not None:
+            own = single[image].to(dtype) - fill
+            _, x1, y1, x2, y2 = box
+            if mirrored:
+                x1, x2 = x2, x1
+            options = (antialias, support, padding_mode)
+            by_row = _filter_taps(y1, y2, height, own.shape[1], *options)
+            by_column = _filter_taps(x1, x2, width, own.shape[2], *options)
+            by_row, by_column = (
+                taps._replace(weight=taps.weight.to(dtype)) for taps in (by_row, by_column)
+            )
+            values = _pool(own, by_row, by_column, height, width) + fill
+        results.append(values * scale)
+    out = (
+        torch.stack(results) if results else rows.new_zeros(0, channels, height, width, dtype=dtype)
+    )
+    if mean is not None:
+        out = out - per_channel(mean)
+    return out if std is None else out / per_channel(std)

@@ -55,6 +55,8 @@ class Operator:
     """What stands where nothing is read."""
     box_slopes: bool = True
     """Whether the gradient to the boxes is the derivative of the result."""
+    second: bool = True
+    """Whether the gradient to the boxes has a derivative in the boxes."""
     linear: bool = True
     """Whether the result is linear in the image, but for the fill value."""
 
@@ -199,6 +201,29 @@ def _crop(box_format: str, align_corners: bool, padding: str) -> Operator:
     )
 
 
+def _crop_batch(antialias: bool, support: str, padding: str) -> Operator:
+    options = {"antialias": antialias, "support": support, "padding_mode": padding, "scale": 1.0}
+
+    def call(image: Tensor, boxes: Tensor, case: Case) -> Tensor:
+        dtype = _float_of(image.dtype)
+        last = not image.is_contiguous() and image.shape[1] > 1 and image.stride(1) == 1
+        memory = torch.channels_last if last else torch.contiguous_format
+        return glimpse_ext.crop_batch(
+            image, boxes, case.output_size, dtype=dtype, memory_format=memory, **options
+        )
+
+    return Operator(
+        f"crop_batch {'antialias ' if antialias else ''}{support} {padding}",
+        "crop_batch",
+        _pixel_rows,
+        call,
+        lambda image, boxes, case, dtype: reference.crop_batch(
+            image, boxes, case.output_size, dtype=dtype, **options
+        ),
+        second=False,
+    )
+
+
 def _crop_and_resize(convention: str, method: str) -> Operator:
     fill = 0.375
 
@@ -308,6 +333,9 @@ OPERATORS = [
     _crop_and_resize("tf", "nearest"),
     _crop_and_resize("half_pixel", "bilinear"),
     _crop_and_resize("half_pixel", "nearest"),
+    _crop_batch(True, "box", "constant"),
+    _crop_batch(True, "image", "border"),
+    _crop_batch(False, "box", "border"),
     _point_sample(False),
     _point_sample(True),
     _glimpse(2, True, True, 1),

@@ -57,6 +57,9 @@ def op_samples(device):
     corners = boxes[:, 1:]
     masks = random_tensor((3, 1, 3, 2), F64, "masks").to(device.torch)
 
+    pictures = image.to(torch.uint8)
+    numbers = (0.5, [0.5], [0.25])
+
     def grads(t):
         return t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
 
@@ -222,6 +225,30 @@ def op_samples(device):
             ([image, small], grads(grad), grads(corners), index, levels, None, 0, *explicit),
         ),
         **frame_samples(device),
+        "crop_batch": (
+            ops.crop_batch.default,
+            ([grads(image)], grads(boxes), None, 4, 3, True, False, False, *numbers, 0, False),
+        ),
+        "crop_batch bytes": (
+            ops.crop_batch.default,
+            ([pictures], boxes.detach(), None, 4, 3, False, True, True, *numbers, 2, True),
+        ),
+        "crop_batch list": (
+            ops.crop_batch.default,
+            (
+                [pictures[:1], pictures[1:2, :, 1:]],
+                boxes,
+                None,
+                4,
+                3,
+                True,
+                False,
+                True,
+                *numbers,
+                1,
+                False,
+            ),
+        ),
         "paste_masks": (ops.paste_masks.default, (grads(masks), grads(corners), 5, 6, False)),
         "paste_masks snapped": (ops.paste_masks.default, (grads(masks), corners, 5, 6, True)),
         "paste_masks uint8": (ops.paste_masks.default, (masks.byte(), corners, 5, 6, False)),

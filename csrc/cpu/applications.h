@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include "batch_problem.h"
 #include "glimpse_problem.h"
 #include "paste_problem.h"
 #include "problem.h"
@@ -16,5 +17,7 @@ void cpu_copy_glimpse(const GlimpseProblem& problem);
 
 void cpu_paste(const PasteProblem& problem);
 void cpu_paste_bits(const PasteProblem& problem);  // what cpu_paste does for PasteResult::kBits
+
+void cpu_crop_batch(const BatchProblem& batch);
 
 }  // namespace glimpse

@@ -214,6 +214,7 @@ void grad_boxes_planes(const BoxWork<acc_t<T>>& work);
 #include "cpu/apply_paste.h"
 #include "cpu/apply_sample.h"
 // Need the functions above.
+#include "cpu/apply_batch.h"
 #include "cpu/apply_narrow.h"
 #include "cpu/apply_planes.h"
 #include "cpu/apply_planes_grad.h"
@@ -302,17 +303,32 @@ const Kernels<T>& kernels() {
                                          paste_values<T>,
                                          paste_bytes<float>,
                                          paste_bits<float>,
-                                         paste_sides<float>};
+                                         paste_sides<float>,
+                                         batch_rows<T>,
+                                         batch_interleave<float>,
+                                         batch_cells<float>,
+                                         batch_store<float>};
     return table;
   } else {
-    static constexpr Kernels<T> table = {kLanes<acc_t<T>>,      kPickSources<acc_t<T>>,
-                                         sample_scratch<T>,     grad_features_scratch<T>,
-                                         grad_boxes_scratch<T>, sample<T>,
-                                         clear_gradient<T>,     grad_features<T>,
-                                         convert_gradient<T>,   grad_boxes<T>,
-                                         paste_spread<T>,       paste_values<T>,
-                                         paste_bytes<acc_t<T>>, paste_bits<acc_t<T>>,
-                                         paste_sides<acc_t<T>>};
+    static constexpr Kernels<T> table = {kLanes<acc_t<T>>,
+                                         kPickSources<acc_t<T>>,
+                                         sample_scratch<T>,
+                                         grad_features_scratch<T>,
+                                         grad_boxes_scratch<T>,
+                                         sample<T>,
+                                         clear_gradient<T>,
+                                         grad_features<T>,
+                                         convert_gradient<T>,
+                                         grad_boxes<T>,
+                                         paste_spread<T>,
+                                         paste_values<T>,
+                                         paste_bytes<acc_t<T>>,
+                                         paste_bits<acc_t<T>>,
+                                         paste_sides<acc_t<T>>,
+                                         batch_rows<T>,
+                                         batch_interleave<acc_t<T>>,
+                                         batch_cells<acc_t<T>>,
+                                         batch_store<acc_t<T>>};
     return table;
   }
 }

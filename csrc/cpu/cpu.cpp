@@ -84,7 +84,9 @@ const Backend& cpu_backend() {
                                   [](const GlimpseProblem&) -> size_t { return 0; },
                                   cpu_copy_glimpse,
                                   cpu_paste,
-                                  nullptr};
+                                  nullptr,
+                                  [](const BatchProblem&) -> size_t { return 0; },
+                                  cpu_crop_batch};
   return backend;
 }
 

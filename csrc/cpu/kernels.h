@@ -72,6 +72,22 @@ struct PasteBlock {
   uint64_t ones, unknown;
 };
 
+/// The cells of a row that weigh pixels, of up to four channels: cell j reads `taps` pixels from
+/// first[j] on, or where that is 0 those of start[j] .. start[j + 1] - 1.
+template <class A>
+struct BatchCells {
+  const A* row;  // pixels, `pitch` elements each; what lies behind the last one is not NaN
+  int32_t pitch;
+  int32_t count;  // cells
+  int32_t taps;   // of every cell, or 0
+  const int32_t* first;
+  const int32_t* start;  // of the weights
+  const A* weight;
+  int32_t channels;
+  A multiplier[4], offset[4];
+  const A* fill;  // null or [count]: what is added before both
+};
+
 /// Kernels of one instruction set for the storage type T.
 template <class T>
 struct Kernels {
@@ -94,6 +110,16 @@ struct Kernels {
   /// Columns whose numbers lie so far above or below a threshold that the mean of two of them does.
   void (*paste_sides)(const A* spread, int32_t words, A threshold, uint64_t* above,
                       uint64_t* below);
+  /// Rows of pixels, weighted and added up: elements first .. of `vectors` vectors, of which the
+  /// last one may read last_valid elements.
+  void (*batch_rows)(const T* from, int64_t stride, const int32_t* rows, const A* weights,
+                     int32_t taps, int32_t vectors, int32_t last_valid, A* to);
+  /// Planes of `pixels` elements, `stride` apart, as pixels of four elements.
+  void (*batch_interleave)(const A* planes, int64_t stride, int32_t channels, int32_t pixels,
+                           A* to);
+  /// Cells as pixels of `pitch` elements, or where that is 0 as planes `stride` apart.
+  void (*batch_cells)(const BatchCells<A>&, int32_t pitch, int64_t stride, A* to);
+  void (*batch_store)(const A* from, int64_t count, Dtype dtype, void* to, int64_t at);
 };
 
 namespace baseline {

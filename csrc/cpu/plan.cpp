@@ -38,13 +38,29 @@ class RowBuffer {
       build_row(op, line.axis, line.weighting, cell, line.size, *this);
       start.push_back(static_cast<int32_t>(pixels.size()));
     }
-    start.resize(static_cast<size_t>(line.cells) + 1, static_cast<int32_t>(pixels.size()));
-    low = high = 0;
-    if (!pixels.empty()) {
-      const auto range = std::minmax_element(pixels.begin(), pixels.end());
-      low = *range.first;
-      high = *range.second;
+    finish(line.cells);
+  }
+
+  /// The same of cells that weigh pixels.
+  void build(const FilterLine& filter, const BoxAxis<A>& line) {
+    pixels.clear();
+    weight.clear();
+    slope_origin.clear();
+    slope_step.clear();
+    const FilterCells reached = filter.cells_reading(0, line.size - 1);
+    const int32_t first = std::min(reached.first, reached.end);
+    start.assign(static_cast<size_t>(first) + 1, 0);
+    for (int32_t cell = first; cell < reached.end; ++cell) {
+      FilterSlopes<A> slopes;
+      const FilterRow<A> row = filter.row<A>(cell, &slopes);
+      for (int32_t i = 0; i < row.count; ++i) {
+        A origin, step;
+        row.slopes(i, slopes, &origin, &step);
+        push(row.first + i, line.weighting.of(row.weight(i), origin, step), origin, step);
+      }
+      start.push_back(static_cast<int32_t>(pixels.size()));
     }
+    finish(line.cells);
   }
 
   int32_t cells() const { return static_cast<int32_t>(start.size()) - 1; }
@@ -76,6 +92,16 @@ class RowBuffer {
   int32_t low = 0, high = 0;  // first and last pixel that is touched
 
  private:
+  void finish(int32_t cells) {
+    start.resize(static_cast<size_t>(cells) + 1, static_cast<int32_t>(pixels.size()));
+    low = high = 0;
+    if (!pixels.empty()) {
+      const auto range = std::minmax_element(pixels.begin(), pixels.end());
+      low = *range.first;
+      high = *range.second;
+    }
+  }
+
   size_t row_ = 0;
 };
 
@@ -161,10 +187,15 @@ class Planner {
     const BoxAxis<A> along_x = box_axis(problem_, box, kX);
     plan.axis[kY] = along_y.axis;
     plan.axis[kX] = along_x.axis;
-    rows_.build(problem_.op, along_y);
-    if (rows_.taps() == 0) return;
-    columns_.build(problem_.op, along_x);
-    if (columns_.taps() == 0) return;
+    const auto build = [&](int32_t direction, const BoxAxis<A>& line, RowBuffer<A>& buffer) {
+      if (problem_.filter.used) {
+        buffer.build(filter_line(problem_, box, direction, line.size), line);
+      } else {
+        buffer.build(problem_.op, line);
+      }
+      return buffer.taps() > 0;
+    };
+    if (!build(kY, along_y, rows_) || !build(kX, along_x, columns_)) return;
     plan.empty = false;
     if (plan_narrow(level, plan)) return;
     choose_window(along_x.size, plan);

@@ -284,7 +284,7 @@ void grad_features_typed(const Problem& problem) {
 
 bool is_points(const Problem& problem) {
   if (problem.out_height != 1 || problem.out_width != 1 || problem.levels != 1 ||
-      problem.op.fixed_samples() != 1) {
+      problem.op.fixed_samples() != 1 || problem.filter.used) {
     return false;
   }
   // Of 16 bits that are neighbours, vectors of another instruction set convert many at once.

@@ -62,10 +62,19 @@ GLIMPSE_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, V
 GLIMPSE_INLINE Vector<float> load(const float* from) { return load_bits<Vector<float>>(from); }
 GLIMPSE_INLINE Vector<double> load(const double* from) { return load_bits<Vector<double>>(from); }
 GLIMPSE_INLINE Vector<float> load(const uint8_t* from) {
+  // By name, because gcc makes scalar code of a conversion from 8 to 32 bits.
+#if GLIMPSE_VECTOR_BYTES == 64
+  const __m512i words = _mm512_maskz_cvtepu8_epi32(0xffff, load_bits<__m128i>(from));
+  return _mm512_maskz_cvtepi32_ps(0xffff, words);
+#elif GLIMPSE_VECTOR_BYTES == 32
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
   using Bytes = typename LaneIntegers<uint8_t>::type;
   using Words = typename LaneIntegers<int32_t>::type;
   return __builtin_convertvector(__builtin_convertvector(load_bits<Bytes>(from), Words),
                                  Vector<float>);
+#endif
 }
 GLIMPSE_INLINE Vector<float> load(const bfloat16* from) {
   using Halves = typename LaneIntegers<uint16_t>::type;
@@ -157,6 +166,55 @@ GLIMPSE_INLINE void store_part(float* to, Vector<float> v, int count) {
   _mm256_maskstore_ps(to, first_lanes(count), v);
 }
 #endif
+
+// Four numbers, whatever the vectors of the instruction set: the channels of a pixel.
+
+template <class A>
+struct QuadOf {
+  typedef A type __attribute__((vector_size(4 * sizeof(A))));
+};
+template <class A>
+using Quad = typename QuadOf<A>::type;
+
+template <class A>
+GLIMPSE_INLINE Quad<A> load_quad(const A* from) {
+  return load_bits<Quad<A>>(from);
+}
+template <class A>
+GLIMPSE_INLINE void store_quad(A* to, Quad<A> v) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+template <class A>
+GLIMPSE_INLINE Quad<A> quad_of(A value) {
+  return value - Quad<A>{};
+}
+GLIMPSE_INLINE Quad<float> quad_multiply_add(Quad<float> a, Quad<float> b, Quad<float> c) {
+#if GLIMPSE_VECTOR_BYTES > 16
+  return _mm_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+GLIMPSE_INLINE Quad<double> quad_multiply_add(Quad<double> a, Quad<double> b, Quad<double> c) {
+#if GLIMPSE_VECTOR_BYTES > 16
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class A>
+GLIMPSE_INLINE void transpose_quads(Quad<A>* rows) {
+  const Quad<A> a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  const Quad<A> ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const Quad<A> ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad<A> cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Quad<A> cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  rows[0] = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  rows[1] = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  rows[2] = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  rows[3] = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
 
 /// from[index[lane]] of each lane, for indices below 2 * lanes; reads two vectors.
 template <class A>

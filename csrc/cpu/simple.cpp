@@ -26,16 +26,39 @@ int64_t level_offset(const Level& level, int64_t n, int64_t c, int64_t y, int64_
   return n * level.stride_n + c * level.stride_c + y * level.stride_h + x * level.stride_w;
 }
 
-/// for_each_tap over a whole cell, with weights and slopes of the mean over its samples.
-/// visit(pixel, weight, slope, progress)
+/// One axis of a box.
+template <class T>
+struct Line {
+  BoxAxis<T> own;
+  FilterLine filter;  // where cells weigh pixels
+
+  Line(const Problem& problem, const Box<T>& box, Direction direction)
+      : own(box_axis(problem, box, direction)),
+        filter(filter_line(problem, box, direction, own.size)) {}
+};
+
+/// The pixels of a cell, with weights and slopes of the mean over its samples, or of its filter.
+/// visit(pixel, weight, slope_origin, slope_step)
 template <class T, class Visit>
-void for_each_mean_tap(const Operator& op, const BoxAxis<T>& line, int32_t cell,
+void for_each_mean_tap(const Problem& problem, const Line<T>& line, int32_t cell,
                        const Visit& visit) {
-  const double factor = sample_factor(line.axis);
-  for_each_tap(op, line.axis, cell, 0, line.size - 1, line.size,
+  const BoxAxis<T>& own = line.own;
+  if (problem.filter.used) {
+    FilterSlopes<T> slopes;
+    const FilterRow<T> row = line.filter.template row<T>(cell, &slopes);
+    for (int32_t i = 0; i < row.count; ++i) {
+      T origin, step;
+      row.slopes(i, slopes, &origin, &step);
+      visit(row.first + i, static_cast<double>(own.weighting.of(row.weight(i), origin, step)),
+            static_cast<double>(origin), static_cast<double>(step));
+    }
+    return;
+  }
+  const double factor = sample_factor(own.axis);
+  for_each_tap(problem.op, own.axis, cell, 0, own.size - 1, own.size,
                [&](int32_t pixel, T weight, T slope, T progress) {
-                 visit(pixel, line.weighting(weight, slope, progress) * factor, slope * factor,
-                       static_cast<double>(progress));
+                 visit(pixel, own.weighting(weight, slope, progress) * factor, slope * factor,
+                       slope * factor * static_cast<double>(progress));
                });
 }
 
@@ -53,10 +76,9 @@ void sample_typed(const Problem& problem) {
           if (box.level >= 0) {
             const Level& level = problem.level[box.level];
             const auto* features = static_cast<const T*>(level.data);
-            const BoxAxis<Number> along_y = box_axis(problem, box, kY);
-            const BoxAxis<Number> along_x = box_axis(problem, box, kX);
-            for_each_mean_tap(problem.op, along_y, i, [&](int32_t y, double wy, double, double) {
-              for_each_mean_tap(problem.op, along_x, j, [&](int32_t x, double wx, double, double) {
+            const Line<Number> along_y(problem, box, kY), along_x(problem, box, kX);
+            for_each_mean_tap(problem, along_y, i, [&](int32_t y, double wy, double, double) {
+              for_each_mean_tap(problem, along_x, j, [&](int32_t x, double wx, double, double) {
                 sum += wy * wx * load_value(features[level_offset(level, box.image, c, y, x)]);
                 empty = false;
               });
@@ -75,14 +97,13 @@ template <class T>
 void add_box(const Problem& problem, int64_t k, const Box<acc_t<T>>& box, int64_t c,
              std::vector<double>& plane) {
   const auto* grad = static_cast<const T*>(problem.pooled);
-  const BoxAxis<acc_t<T>> along_y = box_axis(problem, box, kY);
-  const BoxAxis<acc_t<T>> along_x = box_axis(problem, box, kX);
+  const Line<acc_t<T>> along_y(problem, box, kY), along_x(problem, box, kX);
   for (int32_t i = 0; i < problem.out_height; ++i) {
     for (int32_t j = 0; j < problem.out_width; ++j) {
       const double g = load_value(grad[pooled_offset(problem, k, c, i, j)]);
-      for_each_mean_tap(problem.op, along_y, i, [&](int32_t y, double wy, double, double) {
-        for_each_mean_tap(problem.op, along_x, j, [&](int32_t x, double wx, double, double) {
-          plane[static_cast<int64_t>(y) * along_x.size + x] += wy * wx * g;
+      for_each_mean_tap(problem, along_y, i, [&](int32_t y, double wy, double, double) {
+        for_each_mean_tap(problem, along_x, j, [&](int32_t x, double wx, double, double) {
+          plane[static_cast<int64_t>(y) * along_x.own.size + x] += wy * wx * g;
         });
       });
     }
@@ -126,23 +147,20 @@ AxisGradient axis_gradient(const Problem& problem, int64_t k, const Box<acc_t<T>
   const Level& level = problem.level[box.level];
   const auto* features = static_cast<const T*>(level.data);
   const auto* grad = static_cast<const pooled_t<T>*>(problem.pooled);
-  const BoxAxis<Number> along_y = box_axis(problem, box, kY);
-  const BoxAxis<Number> along_x = box_axis(problem, box, kX);
+  const Line<Number> along_y(problem, box, kY), along_x(problem, box, kX);
   AxisGradient sum;
   for (int64_t c = 0; c < problem.channels; ++c) {
     for (int32_t i = 0; i < problem.out_height; ++i) {
       for (int32_t j = 0; j < problem.out_width; ++j) {
         const double g = load_value(grad[pooled_offset(problem, k, c, i, j)]);
         for_each_mean_tap(
-            problem.op, along_y, i, [&](int32_t y, double wy, double slope_y, double progress_y) {
+            problem, along_y, i, [&](int32_t y, double wy, double origin_y, double step_y) {
               for_each_mean_tap(
-                  problem.op, along_x, j,
-                  [&](int32_t x, double wx, double slope_x, double progress_x) {
+                  problem, along_x, j, [&](int32_t x, double wx, double origin_x, double step_x) {
                     const double value =
                         g * load_value(features[level_offset(level, box.image, c, y, x)]);
-                    const double slope = direction == kY ? slope_y * wx : wy * slope_x;
-                    sum.origin += value * slope;
-                    sum.step += value * slope * (direction == kY ? progress_y : progress_x);
+                    sum.origin += value * (direction == kY ? origin_y * wx : wy * origin_x);
+                    sum.step += value * (direction == kY ? step_y * wx : wy * step_x);
                   });
             });
       }
@@ -270,6 +288,54 @@ void paste_changes(const PasteProblem& problem, const PasteChanges& changes) {
   });
 }
 
+/// value: of the filter, whose weights have the sum `coverage` where the edge does not stand in.
+template <class T>
+void crop_batch_typed(const BatchProblem& batch) {
+  using Number = acc_t<T>;
+  const Problem& problem = batch.problem;
+  for (int64_t k = 0; k < problem.boxes; ++k) {
+    const Box<Number> box = read_box<Number>(problem, k);
+    const BatchImage image = box.level < 0 ? BatchImage{} : batch.image<T>(box.image);
+    const auto line = [&](int32_t direction, int32_t size) {
+      return box.level < 0 ? FilterLine::of(problem.filter, 0, 0, 0, 1)
+                           : filter_line(problem, box, direction, size);
+    };
+    const FilterLine along_y = line(kY, image.height), along_x = line(kX, image.width);
+    for (int32_t i = 0; i < problem.out_height; ++i) {
+      const auto row = along_y.row<Number>(i);
+      for (int32_t j = 0; j < problem.out_width; ++j) {
+        const auto column = along_x.row<Number>(j);
+        for (int64_t c = 0; c < problem.channels; ++c) {
+          double sum = 0;
+          for (int32_t y = 0; y < row.count; ++y) {
+            for (int32_t x = 0; x < column.count; ++x) {
+              const double weight = static_cast<double>(row.weight(y)) * column.weight(x);
+              if (weight == 0) continue;
+              const auto* data = static_cast<const T*>(image.data);
+              sum +=
+                  weight * load_value(data[c * image.stride_c + (row.first + y) * image.stride_h +
+                                           (column.first + x) * image.stride_w]);
+            }
+          }
+          const double covered = static_cast<double>(row.coverage) * column.coverage;
+          sum += batch.fill * (1 - covered);
+          const double value = sum * batch.multiplier[c] + batch.offset[c];
+          with_gradient_type(batch.result, [&](auto type) {
+            using P = typename decltype(type)::type;
+            static_cast<P*>(problem.pooled)[pooled_offset(problem, k, c, i, j)] =
+                Store<P>::from(static_cast<acc_t<P>>(value));
+          });
+        }
+      }
+    }
+  }
+}
+
+void crop_batch(const BatchProblem& batch) {
+  with_feature_type(batch.problem.dtype,
+                    [&](auto type) { crop_batch_typed<typename decltype(type)::type>(batch); });
+}
+
 size_t no_workspace(const Problem&) { return 0; }
 
 int64_t image_offset(const GlimpseProblem& problem, int64_t n, int64_t c, int64_t y, int64_t x) {
@@ -382,7 +448,9 @@ const Backend& simple_backend() {
                                   [](const GlimpseProblem&) -> size_t { return 0; },
                                   copy_glimpse,
                                   paste,
-                                  paste_changes};
+                                  paste_changes,
+                                  [](const BatchProblem&) -> size_t { return 0; },
+                                  crop_batch};
   return backend;
 }
 

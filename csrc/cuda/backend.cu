@@ -27,7 +27,9 @@ const Backend& cuda_backend() {
                                   cuda::copy_glimpse_workspace,
                                   cuda::copy_glimpse,
                                   cuda::paste,
-                                  cuda::paste_changes};
+                                  cuda::paste_changes,
+                                  cuda::crop_batch_workspace,
+                                  cuda::crop_batch};
   return backend;
 }
 

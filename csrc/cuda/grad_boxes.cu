@@ -105,6 +105,7 @@ void grad_boxes_typed(const Problem& problem) {
 }  // namespace
 
 size_t grad_boxes_workspace(const Problem& problem) {
+  if (problem.filter.used) return 0;
   const int32_t slices = slices_of(problem);
   if (slices == 1) return 0;
   const size_t sums =
@@ -113,6 +114,7 @@ size_t grad_boxes_workspace(const Problem& problem) {
 }
 
 void grad_boxes(const Problem& problem) {
+  if (problem.filter.used) return filter_grad_boxes(problem);
   if (problem.boxes > kMostBoxes) {
     throw std::invalid_argument("glimpse_ext: more boxes than blocks in a grid");
   }

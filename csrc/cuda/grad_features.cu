@@ -242,11 +242,13 @@ void gather_simple(const Problem& problem) {
 }  // namespace
 
 size_t grad_features_workspace(const Problem& problem) {
+  if (problem.filter.used) return filter_workspace(problem);
   return problem.dtype == Dtype::kFloat64 ? prepared_bytes<double>(problem)
                                           : prepared_bytes<float>(problem);
 }
 
 void grad_features(const Problem& problem) {
+  if (problem.filter.used) return filter_grad_features(problem);
   if (problem.dtype == Dtype::kUInt8) {
     throw std::invalid_argument("glimpse_ext: integer features have no gradient");
   }

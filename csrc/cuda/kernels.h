@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "batch_problem.h"
 #include "frame_problem.h"
 #include "glimpse_problem.h"
 #include "paste_problem.h"
@@ -18,6 +19,15 @@ void grad_boxes(const Problem& problem);
 void paste(const PasteProblem& problem);
 void paste_bits(const PasteProblem& problem);  // what paste does for PasteResult::kBits
 void paste_changes(const PasteProblem& problem, const PasteChanges& changes);
+void crop_batch(const BatchProblem& batch);
+size_t crop_batch_workspace(const BatchProblem& batch);
+
+/// The first three where cells weigh pixels; they are called by those. The gradient to the features
+/// needs the workspace.
+void filter_sample(const Problem& problem);
+void filter_grad_features(const Problem& problem);
+void filter_grad_boxes(const Problem& problem);
+size_t filter_workspace(const Problem& problem);
 
 void frames_sample(const FrameProblem& problem);
 void frames_maximum(const FrameProblem& problem);

@@ -170,6 +170,7 @@ void sample_tuned(const Problem& problem) {
 }  // namespace
 
 void sample(const Problem& problem) {
+  if (problem.filter.used) return filter_sample(problem);
   switch (problem.dtype) {
     case Dtype::kFloat32:
       return sample_tuned<float>(problem);

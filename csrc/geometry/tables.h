@@ -36,6 +36,13 @@ struct Weighting {
     if (!tangent) return weight;
     return (R(slope) * (R(origin_tangent) + R(progress) * R(step_tangent))).value;
   }
+
+  /// The same from both slopes.
+  GLIMPSE_HD T of(T weight, T slope_origin, T slope_step) const {
+    using R = Rounded<T>;
+    if (!tangent) return weight;
+    return (R(slope_origin) * R(origin_tangent) + R(slope_step) * R(step_tangent)).value;
+  }
 };
 
 /// Samples first <= i < end of a cell.

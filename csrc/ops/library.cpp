@@ -6,6 +6,7 @@
 
 #include "ops/checks.h"
 #include "ops/crop.h"
+#include "ops/crop_batch.h"
 #include "ops/frames.h"
 #include "ops/glimpse.h"
 #include "ops/roi_align.h"
@@ -26,6 +27,8 @@ NamedOperator decode_operator(int64_t kind, const std::vector<double>& params) {
       return decode_glimpse(params);
     case Operator::kGivenAxes:
       return {"paste_masks", Operator(GivenAxes{}), "origin y, origin x, step y, step x", true};
+    case kCropBatchKind:
+      return decode_crop_batch(params);
     default:
       fail("_sample", "does not know operator kind ", kind);
   }
@@ -107,6 +110,7 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("paste_masks_threshold", TORCH_BOX(&paste_masks_threshold));
   m.impl("paste_masks_to_bits", TORCH_BOX(&paste_masks_to_bits));
   m.impl("_paste_masks_runs", TORCH_BOX(&paste_masks_runs));
+  m.impl("crop_batch", TORCH_BOX(&crop_batch));
   m.impl("_sample", TORCH_BOX(&sample_entry));
   m.impl("_sample_grad_features", TORCH_BOX(&sample_grad_features_entry));
   m.impl("_sample_grad_boxes", TORCH_BOX(&sample_grad_boxes_entry));
@@ -175,6 +179,10 @@ STABLE_TORCH_LIBRARY(glimpse_ext, m) {
   m.def(
       "_paste_masks_runs(Tensor masks, Tensor boxes, SymInt height, SymInt width, "
       "float threshold, bool snapped) -> (Tensor counts, Tensor ends, Tensor areas, Tensor boxes)");
+  m.def(
+      "crop_batch(Tensor[] images, Tensor boxes, Tensor? image_index, SymInt height, SymInt width, "
+      "bool antialias, bool beyond, bool edge, float fill, float[] multiplier, float[] offset, "
+      "int dtype, bool channels_last) -> Tensor");
   m.def("_sample(Tensor[] features, " GLIMPSE_SAMPLING_SCHEMA ") -> Tensor");
   m.def("_sample_grad_features(Tensor grad, " GLIMPSE_SAMPLING_SCHEMA
         ", SymInt[] sizes, bool channels_last) -> Tensor[]");

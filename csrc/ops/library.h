@@ -38,6 +38,12 @@ std::vector<Tensor> points_gradients(Tensor grad, Tensor points, std::optional<T
                                      bool align_corners, std::vector<int64_t> sizes,
                                      bool channels_last, bool to_input);
 
+// crop_batch.cpp: `images` are one batch, or several of one image each
+Tensor crop_batch(std::vector<Tensor> images, Tensor boxes, std::optional<Tensor> image_index,
+                  int64_t height, int64_t width, bool antialias, bool beyond, bool edge,
+                  double fill, std::vector<double> multiplier, std::vector<double> offset,
+                  int64_t dtype, bool channels_last);
+
 // glimpse.cpp
 Tensor extract_glimpse(Tensor input, Tensor offsets, std::optional<Tensor> seed, int64_t height,
                        int64_t width, int64_t version, bool centered, bool normalized,

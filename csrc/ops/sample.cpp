@@ -26,6 +26,7 @@ class Call {
     check(sampling.scales.size() == maps, name_, "expects one scale for each feature map, got ",
           sampling.scales.size(), " scales and ", maps, " maps");
     problem.op = sampling.op;
+    problem.filter = sampling.filter;
     problem.levels = static_cast<int32_t>(maps);
     problem.level_rule = sampling.level_rule;
     problem.batch = batch;
@@ -182,6 +183,80 @@ Tensor sample(const Sampling& sampling, const std::vector<Tensor>& features) {
   call.problem.stream = scope.stream();
   current_backend().sample(call.problem);
   return pooled;
+}
+
+namespace {
+
+/// An image as a kernel of crop_batch reads it: the pixels of a row, or the numbers of a pixel,
+/// are neighbours.
+Tensor readable_image(const Tensor& image) {
+  const bool planes = image.size(3) == 1 || image.stride(3) == 1;
+  const bool pixels = (image.size(1) == 1 || image.stride(1) == 1) &&
+                      image.stride(3) >= image.size(1) && image.stride(3) <= 4 * image.size(1);
+  return planes || pixels ? image : dense(image, layout_of(image));
+}
+
+void check_images(const char* name, const std::vector<Tensor>& images, int64_t boxes) {
+  const Tensor& first = images.front();
+  for (const Tensor& image : images) {
+    check_features(name, {image}, boxes);
+    check(images.size() == 1 || image.size(0) == 1, name, "images of a list must be one each, got ",
+          describe_shape(image));
+    check(image.scalar_type() == first.scalar_type(), name, "images must have one dtype, got ",
+          describe_dtype(first.scalar_type()), " and ", describe_dtype(image.scalar_type()));
+    check(image.size(1) == first.size(1), name, "images must have one channel count, got ",
+          describe_shape(first), " and ", describe_shape(image));
+    check_same_device(name, "every image", image, first);
+  }
+}
+
+}  // namespace
+
+Tensor sample_batch(const Sampling& sampling, const std::vector<Tensor>& images,
+                    const BatchResult& result) {
+  const char* name = sampling.name;
+  check_images(name, images, sampling.boxes.dim() > 0 ? sampling.boxes.size(0) : 0);
+  const Tensor& first = images.front();
+  check_sampling(sampling, first);
+  const DeviceScope scope(first);
+  const auto count = images.size() == 1 ? first.size(0) : static_cast<int64_t>(images.size());
+  Call call(sampling, first.scalar_type(), count, first.size(1), 1, result.layout);
+  const Problem& sizes = call.problem;
+  Tensor output =
+      make_empty(first, {sizes.boxes, sizes.channels, sizes.out_height, sizes.out_width},
+                 result.type, result.layout);
+  if (output.numel() == 0) return output;
+
+  BatchProblem batch = {};
+  std::vector<Tensor> kept;
+  std::vector<BatchImage> list;
+  for (const Tensor& image : images) {
+    kept.push_back(readable_image(image));
+    const Tensor& own = kept.back();
+    list.push_back({own.const_data_ptr(), own.stride(1), own.stride(2), own.stride(3),
+                    static_cast<int32_t>(own.size(2)), static_cast<int32_t>(own.size(3))});
+  }
+  if (images.size() == 1) {
+    call.set_level(0, kept.front(), 1.0);
+  } else {
+    call.problem.level[0].height = call.problem.level[0].width = 1;
+    call.problem.level[0].scale = 1;
+    batch.list = list.data();
+  }
+  call.problem.pooled = output.mutable_data_ptr();
+  call.problem.stream = scope.stream();
+  batch.problem = call.problem;
+  batch.result = storage_dtype(name, result.type);
+  batch.fill = result.fill;
+  batch.multiplier = result.multiplier.data();
+  batch.offset = result.offset.data();
+  std::optional<Tensor> workspace;
+  if (const size_t bytes = current_backend().crop_batch_workspace(batch); bytes > 0) {
+    workspace = make_workspace(first, bytes);
+    batch.problem.workspace = workspace->mutable_data_ptr();
+  }
+  current_backend().crop_batch(batch);
+  return output;
 }
 
 std::vector<Tensor> sample_grad_features(const Sampling& sampling, const Tensor& grad,

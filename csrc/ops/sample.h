@@ -24,6 +24,7 @@ struct NamedOperator {
   Operator op;
   const char* columns;  // of a box
   bool even;            // image indices may be left out where each image has as many boxes
+  FilterRule filter = {};
 };
 
 /// What is read and where: everything of a call but the tensor that it reads or writes.
@@ -31,11 +32,13 @@ struct Sampling {
   Sampling(const NamedOperator& named, Tensor boxes)
       : name(named.name),
         op(named.op),
+        filter(named.filter),
         rows({named.op.box_columns(), named.columns, named.even}),
         boxes(std::move(boxes)) {}
 
   const char* name;
   Operator op;
+  FilterRule filter;
   BoxRows rows;
   Tensor boxes;
   std::optional<Tensor> image_index;
@@ -55,6 +58,18 @@ LevelRule make_level_rule(const char* name, int64_t kind, double canonical_size,
 
 /// Pooled values [K, C, out_height, out_width] in the memory format of the first feature map.
 Tensor sample(const Sampling& sampling, const std::vector<Tensor>& features);
+
+/// What becomes of the values of sample_batch.
+struct BatchResult {
+  ScalarType type;
+  Layout layout;
+  double fill;                             // of pixels outside the image
+  std::vector<double> multiplier, offset;  // of each channel
+};
+
+/// Boxes of images [N, C, H, W], or of several [1, C, H, W] of any sizes.
+Tensor sample_batch(const Sampling& sampling, const std::vector<Tensor>& images,
+                    const BatchResult& result);
 
 /// Gradients to the feature maps. sizes: N, C, then height and width of each map.
 std::vector<Tensor> sample_grad_features(const Sampling& sampling, const Tensor& grad,

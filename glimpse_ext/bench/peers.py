@@ -288,6 +288,79 @@ def _kornia_crop_and_resize(work: Workload, boxes: Tensor, dtype: torch.dtype) -
     return pool
 
 
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _whole(work: Workload, boxes: Tensor) -> Tensor:
+    """Boxes of whole pixels, as a loop that crops takes them."""
+    return boxes.round()
+
+
+def _crop_batch(function: Callable[..., Tensor], typed: bool = False) -> Make:
+    """``typed``: the function has a dtype of its own."""
+
+    def make(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+        size = work.output_size
+
+        def pool(maps: Sequence[Tensor]) -> Tensor:
+            count = maps[0].shape[1]
+            options: dict[str, Any] = {"mean": _MEAN[:count], "std": _STD[:count]}
+            if not typed:
+                options["dtype"] = dtype
+            cropped: Tensor = function(maps[0], boxes, size, **options)
+            return cropped.to(dtype)
+
+        return pool
+
+    return make
+
+
+def _torchvision_loop(bytes_first: bool) -> Make:
+    """Crop, resize, normalise, box by box. Bytes are resized faster, and rounded to bytes."""
+
+    def make(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+        v2 = importlib.import_module("torchvision.transforms.v2.functional")
+        rows = boxes.int().tolist()
+        size = [work.output_size, work.output_size]
+
+        def pool(maps: Sequence[Tensor]) -> Tensor:
+            parts = []
+            for image, x1, y1, x2, y2 in rows:
+                one = v2.crop(maps[0][image], y1, x1, y2 - y1, x2 - x1)
+                if bytes_first:
+                    one = v2.to_dtype(v2.resize(one, size, antialias=True), torch.float32, True)
+                else:
+                    one = v2.resize(v2.to_dtype(one, torch.float32, True), size, antialias=True)
+                parts.append(v2.normalize(one, list(_MEAN), list(_STD)))
+            return torch.stack(parts).to(dtype)
+
+        return pool
+
+    return make
+
+
+def _kornia_crop_batch(work: Workload, boxes: Tensor, dtype: torch.dtype) -> Pool:
+    """Without antialiasing, and from corner to corner: other numbers, of about the same use."""
+    crop_and_resize = _imported("kornia.geometry.transform", "crop_and_resize")
+    size = (work.output_size, work.output_size)
+    corners = [
+        (image, own[:, [0, 1, 2, 1, 2, 3, 0, 3]].view(-1, 4, 2))
+        for image, own in enumerate(per_image(work, boxes))
+        if len(own)
+    ]
+    mean, std = (boxes.new_tensor(numbers)[:, None, None] for numbers in (_MEAN, _STD))
+
+    def pool(maps: Sequence[Tensor]) -> Tensor:
+        wide = maps[0].float() / 255
+        parts = [
+            crop_and_resize(wide[image].expand(len(own), *wide.shape[1:]), own, size)
+            for image, own in corners
+        ]
+        return ((torch.cat(parts) - mean) / std).to(dtype)
+
+    return pool
+
+
 def _points(work: Workload, boxes: Tensor) -> Tensor:
     """Random points in the boxes of each image, ``[N, P, 2]`` of x, y in fractions of it."""
     generator = torch.Generator().manual_seed(len(boxes))
@@ -456,6 +529,18 @@ OPERATORS = {
             Peer("kornia", _kornia_crop_and_resize, "kornia"),
         ),
         place=_fractions,
+    ),
+    "crop_batch": Operator(
+        _crop_batch(glimpse_ext.crop_batch),
+        _crop_batch(reference.crop_batch, typed=True),
+        (
+            Peer("torchvision loop", _torchvision_loop(False), "torchvision"),
+            Peer("torchvision loop of bytes", _torchvision_loop(True), "torchvision"),
+            Peer("kornia", _kornia_crop_batch, "kornia"),
+        ),
+        place=_whole,
+        gradients=(),
+        error=4e-3,
     ),
     "point_sample": Operator(
         _point_sample(glimpse_ext.point_sample),

@@ -39,6 +39,8 @@ class Workload:
     batch: int = 1
     mask: int = 0
     """Side of the masks that are pasted; 0: feature maps are read."""
+    pixels: bool = False
+    """Whether the images are pictures of bytes; the dtype is then that of the result."""
     points: int = 0
     """Points in each box, where points are read."""
     overhead: bool = False
@@ -111,6 +113,10 @@ class Workload:
             size = (self.mask, self.mask)
             smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
             return [smooth.sigmoid().to(dtype)]
+        if self.pixels:
+            shape = (self.batch, self.channels, *self.image)
+            picture = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            return [picture.contiguous(memory_format=LAYOUTS[layout])]
         maps = []
         for height, width in self.sizes:
             shape = (self.batch, self.channels, height, width)
@@ -203,6 +209,19 @@ _POINTS = Workload(
     points=784,
 )
 
+_BATCH = Workload(
+    name="W13a",
+    what="crop_batch_64: boxes of 8 pictures, antialiased to 224x224 and normalised",
+    boxes=64,
+    sides=(100, 600),
+    output_size=224,
+    operator="crop_batch",
+    channels=3,
+    image=(720, 1280),
+    batch=8,
+    pixels=True,
+)
+
 
 # Where an image is read, and not a map of an eighth of its size.
 _SMALL: dict[str, Any] = {"image": (64, 64), "sides": (16, 40)}
@@ -249,6 +268,7 @@ WORKLOADS = [
     _tiny("p", _PASTE, channels=1, mask=14, **_SMALL),
     _tiny("t", _ROTATED),
     _tiny("s", _POINTS, points=16),
+    _tiny("b", _BATCH, batch=4, channels=3, pixels=True, **_SMALL),
     _PASTE,
     replace(
         _PASTE,
@@ -290,6 +310,15 @@ WORKLOADS = [
         points=196,
     ),
     replace(_W1, name="W12", what="W1 with the largest sample of a cell", operator="roi_align_max"),
+    _BATCH,
+    replace(
+        _BATCH,
+        name="W13b",
+        what="crop_batch_256: small boxes of 8 pictures to 64x64",
+        boxes=256,
+        sides=(24, 160),
+        output_size=64,
+    ),
 ]
 
 
