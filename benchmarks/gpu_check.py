@@ -85,6 +85,8 @@ class Inputs:
     work: Workload
     maps: list[Tensor]
     rows: Tensor
+    dtype: torch.dtype
+    """Of the result; that of the maps where they are not bytes."""
 
     @classmethod
     def make(
@@ -92,7 +94,7 @@ class Inputs:
     ) -> Inputs:
         maps = [m.to(setting.device) for m in work.make_features(dtype, layout, seed)]
         rows = OPERATORS[work.operator].place(work, work.make_boxes(seed))
-        return cls(work, maps, rows.to(setting.device))
+        return cls(work, maps, rows.to(setting.device), dtype)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -102,7 +104,7 @@ class Inputs:
         operator = OPERATORS[self.work.operator]
         index = torch.arange(0, self.rows.shape[operator.rows], 2, device=self.rows.device)
         maps = [m[index] for m in self.maps] if operator.paired else self.maps
-        return Inputs(self.work, maps, self.rows.index_select(operator.rows, index))
+        return Inputs(self.work, maps, self.rows.index_select(operator.rows, index), self.dtype)
 
     def call(self) -> list[Tensor]:
         """The result and every gradient there is. It makes nothing that a graph cannot hold."""
@@ -112,7 +114,7 @@ class Inputs:
             maps = [m.detach().requires_grad_() for m in maps]
         if "boxes" in operator.gradients:
             rows = rows.detach().requires_grad_()
-        pooled = operator.ours(self.work, rows, maps[0].dtype)(maps)
+        pooled = operator.ours(self.work, rows, self.dtype)(maps)
         wanted = [t for t in (*maps, rows) if t.requires_grad]
         if not wanted:
             return [pooled]
@@ -256,13 +258,17 @@ def part_hostile(setting: Setting) -> Report:
     return {"ok": not faults, "cases": count, "faults": faults[:20]}
 
 
+def unwritten(dtype: torch.dtype) -> float:
+    return math.nan if dtype.is_floating_point else 0
+
+
 def part_streams(setting: Setting) -> Report:
-    """Inputs that a slow stream has yet to write: a launch on any other stream reads NaN."""
+    """Inputs that a slow stream has yet to write: a launch on any other stream reads others."""
     faults = []
     for work, dtype, layout in combinations(setting):
         full = Inputs.make(setting, work, dtype, layout)
         expected = full.call()
-        late = replace(full, maps=[torch.full_like(m, math.nan) for m in full.maps])
+        late = replace(full, maps=[torch.full_like(m, unwritten(m.dtype)) for m in full.maps])
         setting.synchronize()
         with side_stream(setting) as stream:
             if stream is not None:
@@ -313,7 +319,8 @@ def part_graphs(setting: Setting) -> Report:
         all_inputs = [Inputs.make(setting, work, dtype, layout, seed) for seed in range(3)]
         expected = [inputs.call() for inputs in all_inputs]
         first = all_inputs[0]
-        static = Inputs(work, [m.clone() for m in first.maps], first.rows.clone())
+        maps = [m.clone() for m in first.maps]
+        static = replace(first, maps=maps, rows=first.rows.clone())
         replay, captured = capture(setting, static)
         for i in (1, 2, 0):
             for target, fresh in zip(static.tensors, all_inputs[i].tensors, strict=True):

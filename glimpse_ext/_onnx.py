@@ -735,6 +735,13 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _ops._paste_masks_runs.default: _refuses(
         "paste_masks_to_rle", "run lengths are bytes; encode what the model returns"
     ),
+    _ops.paste_masks_to_bits.default: _refuses(
+        "paste_masks_to_bits", "export paste_masks, and pack the bool images that the model returns"
+    ),
+    _ops.crop_batch.default: _refuses(
+        "crop_batch",
+        "how many pixels a cell weighs depends on its box; export a model that takes the crops",
+    ),
     # How extract_glimpse draws its seeds: met before the operator itself.
     torch.ops.aten.randint.generator: _refuses(
         "randint", 'random numbers, as for the noise of extract_glimpse; use noise="zero"'

@@ -33,8 +33,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     infinite, or that names an image which is not there, gives zeros (or the fill value).
 
     A call without an equivalent raises :class:`NotTranslatable`: noise, the maximum and rotated
-    boxes with an adaptive number of samples, masks with ``method="torchvision"``, run lengths,
-    derivatives, and an output size that is not known when the model is exported.
+    boxes with an adaptive number of samples, masks with ``method="torchvision"``, run lengths and
+    bits of masks, ``crop_batch``, derivatives, and an output size that is not known when the model
+    is exported.
 
     Raises:
         ModuleNotFoundError: onnxscript is not installed.

@@ -86,11 +86,14 @@ def unpack_masks(bits: Tensor, image_size: Sequence[int]) -> Tensor:
 
     Args:
         bits: ``[..., H, ceil(W / 8)]`` uint8, the lowest bit first.
-        image_size: height and width of the images.
+        image_size: height and width of the images in pixels.
 
     Returns:
         ``[..., H, W]`` bool, the numbers of
         ``numpy.unpackbits(bits, axis=-1, count=W, bitorder="little")``.
+
+    Gradients:
+        none: bits have none.
 
     Raises:
         TypeError, RuntimeError: bits that are no uint8 tensor, or not of images of this size.

@@ -79,6 +79,7 @@ NO_EQUIVALENT = {
     "roi_align legacy adaptive max",
     "roi_align_rotated aligned adaptive",
     "paste_masks torchvision",
+    *(op.name for op in OPERATORS if op.public == "crop_batch"),
 }
 TRANSLATED = [op for op in OPERATORS if op.name not in NO_EQUIVALENT]
 
