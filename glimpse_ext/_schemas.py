@@ -35,8 +35,13 @@ SCHEMAS = (
     "paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, bool snapped) -> Tensor",
     "paste_masks_threshold(Tensor masks, Tensor boxes, SymInt height, SymInt width, "
     "float threshold, bool snapped) -> Tensor",
+    "paste_masks_to_bits(Tensor masks, Tensor boxes, SymInt height, SymInt width, "
+    "float threshold, bool snapped) -> Tensor",
     "_paste_masks_runs(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold, "
     "bool snapped) -> (Tensor counts, Tensor ends, Tensor areas, Tensor boxes)",
+    "crop_batch(Tensor[] images, Tensor boxes, Tensor? image_index, SymInt height, SymInt width, "
+    "bool antialias, bool beyond, bool edge, float fill, float[] multiplier, float[] offset, "
+    "int dtype, bool channels_last) -> Tensor",
     f"_sample(Tensor[] features, {_SAMPLING}) -> Tensor",
     f"_sample_grad_features(Tensor grad, {_SAMPLING}, SymInt[] sizes, bool channels_last) "
     "-> Tensor[]",

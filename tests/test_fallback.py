@@ -7,6 +7,7 @@ derivatives is compared, too. .ci/fallback runs the tests of the operators with 
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -84,8 +85,10 @@ def compared(op, case, dtype, layout="contiguous"):
         values = op.call(image, boxes, case)
         twice = dtype == F64 and "boxes" in op.gradients and case.name == "inside"
         first = torch.autograd.grad(values.square().sum(), leaves, create_graph=twice)
-        if twice:
+        if twice and op.second:
             torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        elif twice:  # test_the_generic_entries_agree has what cannot be asked for here
+            torch.autograd.grad(first[0].square().sum(), leaves)
     return comparison.seen
 
 
@@ -141,7 +144,8 @@ def test_pasted_masks_are_the_same_bits(method, threshold):
         glimpse_ext.paste_masks(masks, boxes, (20, 24), threshold, method)
         if threshold >= 0:
             glimpse_ext.paste_masks_to_rle(masks, boxes, (20, 24), threshold, method)
-            assert "_paste_masks_runs" in comparison.seen
+            glimpse_ext.paste_masks_to_bits(masks, boxes, (20, 21), threshold, method)
+            assert {"_paste_masks_runs", "paste_masks_to_bits"} <= comparison.seen
     assert "paste_masks_threshold" in comparison.seen
 
 
@@ -151,7 +155,12 @@ def test_every_operator_is_compared():
         seen |= compared(op, NAMED["inside"], F64)
         seen |= compared(op, NAMED["inside"], torch.uint8)
     # The last one is for torch.func and for compiled programs.
-    elsewhere = {"paste_masks_threshold", "_paste_masks_runs", "point_sample"}
+    elsewhere = {
+        "paste_masks_threshold",
+        "_paste_masks_runs",
+        "paste_masks_to_bits",
+        "point_sample",
+    }
     assert seen | elsewhere == set(_schemas.NAMES)
 
 
@@ -166,6 +175,12 @@ def test_the_generic_entries_agree():
             _, chosen = ops._frames_maximum(image, boxes, None, [3, 2], params, 1.0)
             ops._frames_sample(image, boxes, None, None, chosen, [3, 2], params, 1.0)
             ops._frames_sample(image, boxes, None, boxes, None, [3, 2], params, 1.0)
+        grad = random_tensor((len(boxes), image.shape[1], 5, 3), F64, "grad")
+        for axes, params in itertools.product((1, 2, 3), itertools.product((0.0, 1.0), repeat=3)):
+            place = (boxes, None, None, boxes.cos(), axes, [5, 3], 100, params, [1.0], [], 0.0)
+            ops._sample([image], *place)
+            ops._sample_grad_features(grad, *place, image.shape, True)
+            ops._sample_grad_boxes([image], grad, *place)
     assert {"point_sample", "_frames_sample", "_frames_maximum"} <= comparison.seen
 
 

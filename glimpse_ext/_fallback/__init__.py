@@ -22,7 +22,7 @@ from .._sampling import (
     bind_grad_features,
     bind_sample,
 )
-from . import copies, frames, separable
+from . import batch, copies, frames, separable
 from .checks import check
 
 _NAMES_IN_ERRORS = {"multiscale_roi_align": "multiscale_roi_align"}
@@ -119,6 +119,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "paste_masks": copies.paste_masks,
     "paste_masks_threshold": copies.paste_masks_threshold,
     "paste_masks_to_bits": copies.paste_masks_to_bits,
+    "crop_batch": batch.crop_batch,
     "_paste_masks_runs": copies.paste_masks_runs,
     "_sample": _sample,
     "_sample_grad_features": _sample_grad_features,

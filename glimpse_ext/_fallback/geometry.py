@@ -89,7 +89,8 @@ def half_pixel_axis(lo: Tensor, hi: Tensor, unit: int, size: int, cells: int) ->
     pixels = {FRACTION: float(size), NORMALIZED: size * 0.5, PIXELS: 1.0}[unit]
     origin = (lo + shift) * pixels - 0.5
     step = (hi - lo) * pixels / cells
-    return _once(origin, step, 0.5, pixels, 0.0, -pixels / cells, pixels / cells)
+    slope = pixels / max(cells, 1)
+    return _once(origin, step, 0.5, pixels, 0.0, -slope, slope)
 
 
 def corner_aligned_axis(lo: Tensor, hi: Tensor, unit: int, size: int, cells: int) -> Axis:

@@ -28,6 +28,7 @@ from .checks import (
     check_tangent,
     images_of,
 )
+from .filters import FilterRule, filter_taps
 from .geometry import Axis, Border
 
 # Numbers that are gathered at a time.
@@ -45,6 +46,8 @@ class Operator(NamedTuple):
     even: bool
     border: Border
     axis: AxisOf
+    filter: FilterRule | None = None
+    """Where cells weigh pixels: Note [Filters]."""
 
 
 def _roi_align(params: Sequence[float], name: str) -> Operator:
@@ -124,18 +127,30 @@ def _given_axes(params: Sequence[float], name: str) -> Operator:
     return Operator(name, columns, True, Border(1.0, geometry.DROP), axis)
 
 
-_OPERATORS = (
-    ("roi_align", _roi_align),
-    ("crop", _crop),
-    ("extract_glimpse", _glimpse),
-    ("paste_masks", _given_axes),
-)
+CROP_BATCH = 100
+"""A crop with a filter, as the generic operators call it."""
+
+
+def _crop_batch(params: Sequence[float], name: str) -> Operator:
+    check(len(params) == 3, name, f"expects 3 parameters, got {len(params)}")
+    antialias, beyond, edge = (param != 0 for param in params)
+    op = _crop((0, geometry.PIXELS, 0, 0, 0, 0), name)
+    return op._replace(name=name, filter=FilterRule(antialias, beyond, edge))
+
+
+_OPERATORS = {
+    0: ("roi_align", _roi_align),
+    1: ("crop", _crop),
+    2: ("extract_glimpse", _glimpse),
+    3: ("paste_masks", _given_axes),
+    CROP_BATCH: ("crop_batch", _crop_batch),
+}
 
 
 def operator_of(where: Where, name: str = "") -> Operator:
     """The operator of a call; ``name`` stands in errors where it is not that of the kind."""
     kind = where.sampler.op
-    check(kind in range(len(_OPERATORS)), "_sample", f"does not know operator kind {kind}")
+    check(kind in _OPERATORS, "_sample", f"does not know operator kind {kind}")
     of_kind, make = _OPERATORS[kind]
     return make(where.sampler.params, name or of_kind)
 
@@ -156,11 +171,35 @@ class Rows(NamedTuple):
     slope_step: Tensor
     counts: Tensor
     """Of each box, ``[K]``."""
+    coverage: Tensor | None = None
+    """FilterTaps.coverage, where there is a filter."""
+
+
+Motion = tuple[Tensor, Tensor] | None
+"""Of the origin and of the step of the axis of each box."""
+
+
+def _filter_rows(
+    rule: FilterRule,
+    edges: tuple[Tensor, Tensor],
+    motion: Motion,
+    size: int,
+    cells: int,
+    dtype: torch.dtype,
+) -> Rows:
+    taps = filter_taps(rule, *edges, size, cells)
+    used, slope_origin, slope_step = (v.to(dtype) for v in taps[3:6])
+    if motion is not None:
+        origin, step = (v[taps.box] for v in motion)
+        used = slope_origin * origin + slope_step * step
+    count = torch.bincount(taps.box, minlength=len(edges[0]))
+    coverage = taps.coverage.to(dtype)
+    return Rows(*taps[:3], used, slope_origin, slope_step, count, coverage)
 
 
 def _rows(
     axis: Axis,
-    motion: tuple[Tensor, Tensor] | None,
+    motion: Motion,
     op: Operator,
     size: int,
     cells: int,
@@ -292,7 +331,7 @@ class Call:
             if 0 in size:
                 mine = mine[:0]
             axes = tuple(self._axis(boxes[mine], d, scale, size[d]) for d in (0, 1))
-            rows = tuple(self._row(axes[d], mine, d, size[d]) for d in (0, 1))
+            rows = tuple(self._row(axes[d], boxes[mine], mine, d, size[d]) for d in (0, 1))
             yield Level(mine, image[mine], (axes[0], axes[1]), (rows[0], rows[1]), size)
 
     def columns(self, direction: int) -> tuple[int, int]:
@@ -304,17 +343,21 @@ class Call:
         lo, hi = self.columns(direction)
         return self.op.axis(boxes[:, lo], boxes[:, hi], scale, size, self.cells[direction])
 
-    def _row(self, axis: Axis, boxes: Tensor, direction: int, size: int) -> Rows:
+    def _row(self, axis: Axis, boxes: Tensor, mine: Tensor, direction: int, size: int) -> Rows:
+        lo, hi = self.columns(direction)
         motion = None
         if self.where.axes & (Y, X)[direction] and self.where.tangent is not None:
-            lo, hi = self.columns(direction)
-            tangent = self.where.tangent[boxes].to(self.dtype)
+            tangent = self.where.tangent[mine].to(self.dtype)
             by_lo, by_hi = tangent[:, lo], tangent[:, hi]
             motion = (
                 axis.origin_lo * by_lo + axis.origin_hi * by_hi,
                 axis.step_lo * by_lo + axis.step_hi * by_hi,
             )
-        return _rows(axis, motion, self.op, size, self.cells[direction], self.dtype)
+        cells, rule = self.cells[direction], self.op.filter
+        if rule is not None:
+            edges = boxes[:, lo], boxes[:, hi]
+            return _filter_rows(rule, edges, motion, size, cells, self.dtype)
+        return _rows(axis, motion, self.op, size, cells, self.dtype)
 
 
 def as_pixels(tensor: Tensor, dtype: torch.dtype) -> Tensor:
