@@ -38,7 +38,10 @@ napoleon_custom_sections = ["Gradients", "Source"]
 # Types of others, whose pages are not here. A name of this package that leads nowhere is an error.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types|numpy)\..*"),
-    ("py:.*", r"(Tensor|Any|Callable|Iterator|Mapping|Sequence|ModuleType|TracebackType|Self|Compared)"),
+    (
+        "py:.*",
+        r"(Tensor|Any|Callable|Iterator|Mapping|Sequence|ModuleType|TracebackType|Self|Compared)",
+    ),
     ("py:.*", r"(optional|RLE|Function|glimpse_ext\.(\w+\.)?(_\w+.*|RLE|Compared))"),
 ]
 
