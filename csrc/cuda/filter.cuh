@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kFilterThreads)
 
 /// Thread: an element of a gradient, from the workspace of filter_rows_kernel.
 template <class Number>
-__global__ void __launch_bounds__(kFilterThreads)
+__global__ void __launch_bounds__(kFilterThreads, 3)  // 64 registers, the compiler's choice, spill
     filter_grad_features_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
   const FilterWorkspace<Number> workspace(problem);
   const bool nhwc = problem.layout == Layout::kNhwc;
