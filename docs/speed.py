@@ -38,17 +38,15 @@ IN_README = ("W1", "W2b", "W4a", "W5", "W6a", "W6c", "W7", "W8a", "W9", "W10")
 # Why a target is missed, by run, workload, direction and what it is against.
 WHY: dict[tuple[str, str, str, str], str] = {
     ("cpu", "W7", "forward", "copy"): (
-        "The yardstick copies one piece of memory. Windows are rows of 256 bytes, each five cache "
-        "lines that lie in some 2700 pages; torch's own clone of windows that all lie at the same "
-        "place takes 1.7 times the yardstick, too. Rows are prefetched eight ahead; farther ahead, "
-        "or into the next plane, changed nothing."
+        "The yardstick copies one piece of memory. Windows are rows of 256 bytes, which begin and "
+        "end within cache lines and lie a row of the image apart."
     ),
     ("cpu", "W2a", "backward", "own float32"): (
         "bfloat16 has no instruction that widens it on the way to a sum, as float16 has; on large "
         "boxes the sums are the work, not the bytes. The rounds lie on both sides of 1."
     ),
     ("cpu", "W6a", "forward", "detectron2's way"): (
-        "What is left is the system's clearing of the pages that boxes touch; other runs gave 7.8."
+        "What is left is the system's clearing of the pages that boxes touch."
     ),
 }
 

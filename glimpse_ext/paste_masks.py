@@ -141,6 +141,24 @@ def image_extent(name: str, image_size: Sequence[int]) -> tuple[int, int]:
     return size_pair(name, image_size, "image_size")
 
 
+def outline_arguments(
+    name: str,
+    masks: Tensor,
+    boxes: Tensor,
+    image_size: Sequence[int],
+    threshold: float,
+    method: str,
+) -> tuple[tuple[Tensor, Tensor, int, int, float, bool], bool]:
+    """The arguments of operators that store no values of pixels, and whether masks had 3 sizes."""
+    masks, flat = prepare_masks(name, masks, boxes)
+    height, width = image_extent(name, image_size)
+    snapped = choose(name, "method", method, METHODS)
+    threshold = float(threshold)
+    if threshold != threshold:
+        raise ValueError(f"{name}: threshold must be a number, got nan")
+    return (masks, boxes, height, width, threshold, snapped), flat
+
+
 def paste_masks(
     masks: Tensor,
     boxes: Tensor,

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import choose
 from ._register import batch_rows
-from .paste_masks import METHODS, image_extent, prepare_masks
+from .paste_masks import image_extent, outline_arguments
 
 _NAME = "paste_masks_to_bits"
 _bits = torch.ops.glimpse_ext.paste_masks_to_bits.default
@@ -69,13 +68,8 @@ def paste_masks_to_bits(
     tensor([[[4],
              [2]]], dtype=torch.uint8)
     """
-    masks, flat = prepare_masks(_NAME, masks, boxes)
-    height, width = image_extent(_NAME, image_size)
-    snapped = choose(_NAME, "method", method, METHODS)
-    threshold = float(threshold)
-    if threshold != threshold:
-        raise ValueError(f"{_NAME}: threshold must be a number, got nan")
-    bits: Tensor = _bits(masks, boxes, height, width, threshold, snapped)
+    arguments, flat = outline_arguments(_NAME, masks, boxes, image_size, threshold, method)
+    bits: Tensor = _bits(*arguments)
     return bits.squeeze(1) if flat else bits
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import choose
-from .paste_masks import METHODS, image_extent, prepare_masks
+from .paste_masks import outline_arguments
 
 _NAME = "paste_masks_to_rle"
 _runs = torch.ops.glimpse_ext._paste_masks_runs.default
@@ -101,13 +101,9 @@ def paste_masks_to_rle(
     >>> glimpse_ext.paste_masks_to_rle(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4))
     [{'size': [2, 4], 'counts': b'323'}]
     """
-    masks, _ = prepare_masks(_NAME, masks, boxes)
-    height, width = image_extent(_NAME, image_size)
-    snapped = choose(_NAME, "method", method, METHODS)
+    arguments, _ = outline_arguments(_NAME, masks, boxes, image_size, threshold, method)
+    masks, boxes, height, width, *rule = arguments
     as_text = choose(_NAME, "counts", counts, {"bytes": False, "str": True})
-    threshold = float(threshold)
-    if threshold != threshold:
-        raise ValueError(f"{_NAME}: threshold must be a number, got nan")
     if masks.device != boxes.device:
         raise RuntimeError(
             f"{_NAME}: boxes must be on the device of the masks, {masks.device}, got {boxes.device}"
@@ -115,7 +111,7 @@ def paste_masks_to_rle(
     if height * width >= _DEVICE_PIXELS:
         masks, boxes = masks.cpu(), boxes.cpu()
     with torch.no_grad():
-        written, ends, areas, tight = _runs(masks, boxes, height, width, threshold, snapped)
+        written, ends, areas, tight = _runs(masks, boxes, height, width, *rule)
     text = ctypes.string_at(written.data_ptr(), written.numel()) if written.numel() > 0 else b""
     whole: bytes | str = text.decode("ascii") if as_text else text
     place: list[int] = ends.flatten().tolist()

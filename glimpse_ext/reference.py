@@ -1147,11 +1147,39 @@ def paste_masks_to_bits(
         >>> paste_masks_to_bits(mask, torch.tensor([[1.0, 0.0, 3.0, 2.0]]), (2, 4)).tolist()
         [[[4], [2]]]
     """
-    pasted = paste_masks(masks, boxes, image_size, threshold, method, dtype=dtype)
-    padded = torch.nn.functional.pad(pasted.to(torch.uint8), (0, -pasted.shape[-1] % 8))
+    return pack_bits(paste_masks(masks, boxes, image_size, threshold, method, dtype=dtype))
+
+
+def pack_bits(images: Tensor) -> Tensor:
+    """Bool images ``[..., H, W]`` with eight pixels in a byte, see :func:`paste_masks_to_bits`.
+
+    Example:
+        >>> pack_bits(torch.tensor([[True, False, False, True]]))
+        tensor([[9]], dtype=torch.uint8)
+    """
+    padded = torch.nn.functional.pad(images.to(torch.uint8), (0, -images.shape[-1] % 8))
     pixels = padded.unflatten(-1, (padded.shape[-1] // 8, 8))
-    place = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    place = torch.arange(8, dtype=torch.uint8, device=images.device)
     return torch.sum(pixels << place, -1, dtype=torch.uint8)
+
+
+def coco_mask(image: Tensor) -> tuple[bytes, int, list[int]]:
+    """COCO's compressed run lengths of a bool image, its pixels, and their tight box.
+
+    Example:
+        >>> coco_mask(torch.tensor([[False, True], [False, False]]))
+        (b'211', 1, [1, 0, 2, 1])
+    """
+    pixels = image.T.flatten()  # column after column
+    before = torch.cat([pixels.new_zeros(1), pixels[:-1]])[: len(pixels)]
+    changes = (pixels != before).nonzero().flatten().tolist()
+    ends = [*changes, len(pixels)]
+    lengths = [end - start for start, end in zip([0, *changes], ends, strict=True)]
+    box = [0, 0, 0, 0]
+    if image.any():
+        y, x = image.nonzero().unbind(1)
+        box = [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
+    return _coco_counts(lengths), int(image.sum()), box
 
 
 def _coco_counts(lengths: Sequence[int]) -> bytes:
@@ -1191,20 +1219,13 @@ def paste_masks_to_rle(
     """
     height, width = image_size
     pasted = paste_masks(masks, boxes, image_size, threshold, method, dtype=dtype)
-    pasted = pasted.reshape(-1, height, width).cpu()
-    rles: list[dict[str, list[int] | bytes]] = []
-    tight = torch.zeros(len(pasted), 4, dtype=torch.int64)
-    for image, box in zip(pasted, tight, strict=True):
-        pixels = image.T.flatten()  # column after column
-        before = torch.cat([pixels.new_zeros(1), pixels[:-1]])[: len(pixels)]
-        changes = (pixels != before).nonzero().flatten().tolist()
-        ends = [*changes, len(pixels)]
-        lengths = [end - start for start, end in zip([0, *changes], ends, strict=True)]
-        rles.append({"size": [height, width], "counts": _coco_counts(lengths)})
-        if image.any():
-            y, x = image.nonzero().unbind(1)
-            box[:] = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
-    return rles, pasted.flatten(1).sum(1), tight
+    found = [coco_mask(image) for image in pasted.reshape(-1, height, width).cpu()]
+    rles: list[dict[str, list[int] | bytes]] = [
+        {"size": [height, width], "counts": counts} for counts, _, _ in found
+    ]
+    areas = torch.tensor([area for _, area, _ in found], dtype=torch.int64)
+    tight = torch.tensor([box for _, _, box in found], dtype=torch.int64).reshape(-1, 4)
+    return rles, areas, tight
 
 
 # ------------------------------------------------------------------------------ resized crops

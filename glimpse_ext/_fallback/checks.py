@@ -103,6 +103,16 @@ def check_index(name: str, what: str, index: Tensor, boxes: int, like: Tensor) -
     check_same_device(name, what, index, like)
 
 
+def check_box_numbers(name: str, boxes: Tensor, like: Tensor) -> None:
+    check(
+        is_float(boxes),
+        name,
+        "boxes must be float64, float32, float16 or bfloat16, got ",
+        dtype_name(boxes.dtype),
+    )
+    check_same_device(name, "boxes", boxes, like)
+
+
 def check_boxes(
     name: str,
     boxes: Tensor,
@@ -130,13 +140,7 @@ def check_boxes(
             ", got ",
             boxes.shape,
         )
-    check(
-        is_float(boxes),
-        name,
-        "boxes must be float64, float32, float16 or bfloat16, got ",
-        dtype_name(boxes.dtype),
-    )
-    check_same_device(name, "boxes", boxes, like)
+    check_box_numbers(name, boxes, like)
 
 
 def check_tangent(name: str, tangent: Tensor | None, boxes: Tensor, like: Tensor) -> None:

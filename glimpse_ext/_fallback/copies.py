@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from .._sampling import is_channels_last
+from ..reference import coco_mask, pack_bits
 from . import geometry
 from .checks import (
     LARGEST_SIDE,
     check,
+    check_box_numbers,
     check_output_size,
     check_same_device,
     check_storage,
@@ -229,13 +231,7 @@ class Pasting:
             f"boxes must be [{len(masks)}, 4] (x1, y1, x2, y2), one for each mask, got ",
             boxes.shape,
         )
-        check(
-            is_float(boxes),
-            name,
-            "boxes must be float64, float32, float16 or bfloat16, got ",
-            dtype_name(boxes.dtype),
-        )
-        check_same_device(name, "boxes", boxes, masks)
+        check_box_numbers(name, boxes, masks)
         check(
             len(masks) == 0 or 0 not in masks.shape[2:],
             name,
@@ -320,36 +316,7 @@ def paste_masks_to_bits(
     name = "paste_masks_to_bits"
     check(threshold >= 0, name, f"threshold must be zero or more, got {threshold:g}")
     images = _thresholded(name, masks, boxes, height, width, threshold, snapped)
-    padded = torch.nn.functional.pad(images.to(torch.uint8), (0, -width % 8))
-    bit = torch.arange(8, dtype=torch.uint8, device=masks.device)
-    packed: Tensor = (padded.unflatten(3, (-1, 8)) << bit).sum(4, dtype=torch.uint8)
-    return packed
-
-
-def _coco_counts(lengths: list[int]) -> bytes:
-    text = bytearray()
-    for i, length in enumerate(lengths):
-        # After the third run, differences to the run of the same kind before it; then groups of
-        # five bits, low ones first, with a sixth bit where more follow.
-        rest = length - lengths[i - 2] if i > 2 else length
-        more = True
-        while more:
-            group = rest & 0x1F
-            rest >>= 5
-            more = rest != -1 if group & 0x10 else rest != 0
-            text.append((group | 0x20 if more else group) + 48)
-    return bytes(text)
-
-
-def _runs(mask: Tensor) -> list[int]:
-    """Run lengths of a mask, column by column, the first one of zeros."""
-    pixels = mask.T.flatten()
-    if pixels.numel() == 0:
-        return [0]
-    changes = (pixels[1:] != pixels[:-1]).nonzero().flatten() + 1
-    ends = [0] if bool(pixels[0]) else []
-    ends += [*changes.tolist(), pixels.numel()]
-    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return pack_bits(images)
 
 
 def paste_masks_runs(
@@ -359,14 +326,11 @@ def paste_masks_runs(
     check(threshold >= 0, name, f"threshold must be zero or more, got {threshold:g}")
     images = _thresholded(name, masks, boxes, height, width, threshold, snapped)
     text, ends, areas, tight = b"", [], [], []
-    for image in images[:, 0]:
-        text += _coco_counts(_runs(image))
+    for image in images[:, 0].cpu():
+        counts, area, box = coco_mask(image)
+        text += counts
         ends.append(len(text))
-        areas.append(int(image.sum()))
-        rows, columns = (image.any(d).nonzero().flatten() for d in (1, 0))
-        box = [0, 0, 0, 0]
-        if len(rows):
-            box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+        areas.append(area)
         tight.append(box)
     count = len(ends)
     return (
