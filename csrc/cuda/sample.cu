@@ -111,12 +111,84 @@ void sample_points(const Problem& problem) {
          stream_of(problem), problem, lanes_log2);
 }
 
+/// Whether offsets inside `channels` channels of an image are 32-bit.
+bool offsets_are_short(const Problem& problem, int64_t channels) {
+  for (int32_t i = 0; i < problem.levels; ++i) {
+    const Level& level = problem.level[i];
+    const int64_t largest = (level.height - 1) * level.stride_h +
+                            (level.width - 1) * level.stride_w + (channels - 1) * level.stride_c;
+    if (largest > 0x7fffffff) return false;
+  }
+  return true;
+}
+
 /// False where the sizes do not suit the kernel.
+template <class T>
+bool sample_planes(const Problem& problem) {
+  constexpr int64_t kEnoughBlocks = 1024;
+  const int64_t blocks = divide_up(problem.boxes, kPlanesThreads);
+  // Taps are found again for each slice.
+  int64_t channels = divide_up(problem.channels, 32) * 32;
+  while (channels > 32 && blocks * divide_up(problem.channels, channels) < kEnoughBlocks) {
+    channels = divide_up(channels, 64) * 32;
+  }
+  const int64_t slices = divide_up(problem.channels, channels);
+  if (!offsets_are_short(problem, 1) || blocks > kMostGridX || slices > kMostGridY ||
+      channels > 0x7fffffff) {
+    return false;
+  }
+  launch(sample_planes_kernel<T>,
+         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(slices)), kPlanesThreads, 0,
+         stream_of(problem), problem, static_cast<int32_t>(channels),
+         static_cast<uint32_t>(sizeof(T)));
+  return true;
+}
+
+/// False where the sizes do not suit the kernels.
 template <class T>
 bool sample_points(const Problem& problem) {
   constexpr int kWide = 16 / sizeof(T);
-  if (problem.layout != Layout::kNhwc || aligned_channels<T>(problem) != kWide) return false;
+  if (problem.layout != Layout::kNhwc) return sample_planes<T>(problem);
+  if (aligned_channels<T>(problem) != kWide) return false;
   sample_points<T, kWide>(problem);
+  return true;
+}
+
+/// False where the sizes do not suit the kernel.
+template <class T>
+bool sample_cells(const Problem& problem) {
+  // Room for cells of one sample; more would take more than 48 KB of doubles.
+  constexpr int32_t kMostTaps = 2 * kMostTableRows;
+  constexpr int64_t kMostChannels = 32, kEnoughBlocks = 1024;
+  constexpr int64_t kFewestCells = 32;  // for a block to be worth its tables
+  if (int64_t{problem.out_height} * problem.out_width < kFewestCells) return false;
+  CellsPlan plan;
+  plan.tables = table_shape(problem, kMostTaps);
+  plan.columns = problem.out_width < kCellsThreads ? problem.out_width : kCellsThreads;
+  plan.column_groups = static_cast<int32_t>(divide_up(problem.out_width, plan.columns));
+  plan.rows_per_pass = kCellsThreads / plan.columns;
+  if (plan.rows_per_pass > problem.out_height) plan.rows_per_pass = problem.out_height;
+  const int64_t channels = problem.channels < kMostChannels ? problem.channels : kMostChannels;
+  plan.channels_per_block = static_cast<int32_t>(channels);
+  plan.element_bytes = static_cast<uint32_t>(sizeof(T));
+  const int64_t slices = divide_up(problem.channels, channels);
+  const auto groups_of = [&](int64_t passes) {
+    return plan.column_groups * divide_up(problem.out_height, passes * plan.rows_per_pass);
+  };
+  int64_t passes = 16;
+  while (passes > 1 && problem.boxes * slices * groups_of(passes) < kEnoughBlocks) passes /= 2;
+  plan.rows_per_block = static_cast<int32_t>(passes) * plan.rows_per_pass;
+  const int64_t groups = groups_of(passes);
+  const int64_t threads = divide_up(int64_t{plan.columns} * plan.rows_per_pass, 32) * 32;
+  if (!offsets_are_short(problem, 1) || problem.boxes > kMostGridX || groups > kMostGridY ||
+      slices > kMostGridY) {
+    return false;
+  }
+  launch(sample_cells_kernel<T>,
+         dim3(static_cast<unsigned>(problem.boxes), static_cast<unsigned>(groups),
+              static_cast<unsigned>(slices)),
+         static_cast<unsigned>(threads), plan.tables.bytes<acc_t<T>, false>(), stream_of(problem),
+         problem, plan);
   return true;
 }
 
@@ -134,14 +206,8 @@ template <class T>
 bool sample_nchw(const Problem& problem) {
   // Few channels would leave lanes idle, and a block should not have to walk over a whole picture.
   constexpr int64_t kFewestChannels = 8, kMostCells = 1024;
-  for (int32_t i = 0; i < problem.levels; ++i) {
-    // Offsets inside the channels that a warp takes at a time are 32-bit.
-    const Level& level = problem.level[i];
-    const int64_t largest = (level.height - 1) * level.stride_h +
-                            (level.width - 1) * level.stride_w +
-                            (kNchwSlots * kNchwMostSide - 1) * level.stride_c;
-    if (largest > 0x7fffffff) return false;
-  }
+  // Offsets inside the channels that a warp takes at a time.
+  if (!offsets_are_short(problem, kNchwSlots * kNchwMostSide)) return false;
   const NchwPlan plan = nchw_plan(problem, sizeof(T));
   const int64_t cells = int64_t{problem.out_height} * problem.out_width;
   const int64_t slices = divide_up(problem.channels, plan.channels_per_block);
@@ -155,16 +221,33 @@ bool sample_nchw(const Problem& problem) {
   return true;
 }
 
+/// Whether lanes that are cells leave no other kernel to be faster. Channels beside each other are
+/// read in packs where that is possible.
+bool suits_cells(const Problem& problem) {
+  return problem.layout == Layout::kNchw || problem.channels < 4;
+}
+
+/// The kernels of numbers that only images and tests have.
+template <class T>
+void sample_any(const Problem& problem) {
+  if (tables_apply(problem) && suits_cells(problem) && sample_cells<T>(problem)) return;
+  sample_simple<T>(problem);
+}
+
 template <class T>
 void sample_tuned(const Problem& problem) {
   const bool points =
       problem.out_height == 1 && problem.out_width == 1 && problem.op.fixed_samples() == 1;
   if (points) {
     if (sample_points<T>(problem)) return;
-  } else if (tables_apply(problem)) {
-    if (problem.layout == Layout::kNhwc ? sample_nhwc<T>(problem) : sample_nchw<T>(problem)) return;
+    return sample_simple<T>(problem);
   }
-  sample_simple<T>(problem);
+  if (tables_apply(problem)) {
+    const bool nhwc = problem.layout == Layout::kNhwc;
+    if (nhwc && !suits_cells(problem) && sample_nhwc<T>(problem)) return;
+    if (!nhwc && sample_nchw<T>(problem)) return;
+  }
+  sample_any<T>(problem);
 }
 
 }  // namespace
@@ -179,9 +262,9 @@ void sample(const Problem& problem) {
     case Dtype::kBFloat16:
       return sample_tuned<bfloat16>(problem);
     case Dtype::kFloat64:
-      return sample_simple<double>(problem);
+      return sample_any<double>(problem);
     case Dtype::kUInt8:
-      return sample_simple<uint8_t>(problem);
+      return sample_any<uint8_t>(problem);
   }
   throw std::invalid_argument("glimpse_ext: no kernel for this dtype");
 }

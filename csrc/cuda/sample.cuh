@@ -12,11 +12,14 @@
 #include "half.h"
 #include "problem.h"
 
-/// pooled = Ay * features * Ax^T. Three kernels compute it:
+/// pooled = Ay * features * Ax^T. These kernels compute it:
 ///
 ///   sample_simple_kernel  any type, any strides; one thread per output, no tables
+///   sample_points_kernel  a cell of one sample for each box: lanes are neighbouring channels
+///   sample_planes_kernel  the same where channels are planes: lanes are points
+///   sample_cells_kernel   few channels or many cells, any type and strides: lanes are cells
 ///   sample_nhwc_kernel    lanes are neighbouring channels and read them with wide loads
-///   sample_nchw_kernel    the window of a box is staged in shared memory, lanes are channels
+///   sample_nchw_kernel    lanes are neighbouring columns of pixels, then cells
 ///
 /// Each takes the whole Problem: the levels of a pyramid are one launch. Every output is written
 /// once, also the zeros of boxes that read nothing. An output depends on its own box only, and the
@@ -108,6 +111,207 @@ __global__ void __launch_bounds__(256)
         if (y.count == 2) add_row(y.pixel[1], y.weight[1]);
       }
       Pack<T, kChannels>::from(sum).store(pooled + channel);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------ points,
+// cells
+
+/// The taps of a cell that has one or two of them in each direction, to be applied to one channel
+/// after another. In the place of a tap that is not there the other one is read, which costs less
+/// than a branch, and dropped: a weight of zero would not hide infinity.
+template <class Number>
+struct Corners {
+  uint32_t offset[2][2];  // elements from the start of a channel: [tap of y][tap of x]
+  Number weight_y[2], weight_x[2];
+  bool two_y, two_x;
+
+  __device__ __forceinline__ Corners(const Level& level, const Taps<Number>& y,
+                                     const Taps<Number>& x)
+      : two_y(y.count == 2), two_x(x.count == 2) {
+    const auto stride_y = static_cast<int32_t>(level.stride_h);
+    const auto stride_x = static_cast<int32_t>(level.stride_w);
+    const int32_t row[2] = {y.pixel[0] * stride_y, y.pixel[two_y ? 1 : 0] * stride_y};
+    const int32_t column[2] = {x.pixel[0] * stride_x, x.pixel[two_x ? 1 : 0] * stride_x};
+    GLIMPSE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      weight_y[i] = y.weight[i];
+      weight_x[i] = x.weight[i];
+      GLIMPSE_UNROLL
+      for (int j = 0; j < 2; ++j) offset[i][j] = static_cast<uint32_t>(row[i] + column[j]);
+    }
+  }
+
+  /// `element_bytes` is the size of a T that the compiler does not know: then an address is one
+  /// multiply-add, which a constant size would turn into two additions and a shift.
+  template <class T>
+  __device__ __forceinline__ Number value(const char* channel, uint32_t element_bytes) const {
+    Number pixel[2][2], sum[2];
+    GLIMPSE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      GLIMPSE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const char* at = channel + static_cast<uint64_t>(offset[i][j]) * element_bytes;
+        pixel[i][j] = load_value(*reinterpret_cast<const T*>(at));
+      }
+    }
+    GLIMPSE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const Number second = two_x ? weight_x[1] * pixel[i][1] : Number(0);
+      sum[i] = weight_x[0] * pixel[i][0] + second;
+    }
+    return weight_y[0] * sum[0] + (two_y ? weight_y[1] * sum[1] : Number(0));
+  }
+};
+
+constexpr int32_t kPlanesThreads = 256;
+
+/// A warp: 32 points, a slice of `channels_per_warp` channels (grid y), one cell of one sample
+/// each. Lanes are points, so a channel is a few lines of its plane. The results of a point are
+/// neighbours in memory: 32 channels of 32 points are turned in shared memory.
+template <class T>
+__global__ void __launch_bounds__(kPlanesThreads, 4)
+    sample_planes_kernel(GLIMPSE_GRID_CONSTANT Problem problem, int32_t channels_per_warp,
+                         uint32_t element_bytes) {
+  GLIMPSE_SHARED(float, turned, [kPlanesThreads / 32][32][33]);
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) & 31;
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) >> 5;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) - lane;
+  const int64_t left = problem.boxes - first;
+  const int32_t points = left < 32 ? (left < 0 ? 0 : static_cast<int32_t>(left)) : 32;
+
+  Taps<float> y = {}, x = {};
+  Box<float> box{};
+  box.level = -1;
+  if (lane < points) box = read_box<float>(problem, first + lane);
+  if (box.level >= 0) {
+    y = sample_taps(problem.op, box_axis(problem, box, kY), 0, 0);
+    x = sample_taps(problem.op, box_axis(problem, box, kX), 0, 0);
+  }
+  const bool reads = y.count > 0 && x.count > 0;
+  const Level& level = problem.level[box.level < 0 ? 0 : box.level];
+  const Corners<float> corners(level, y, x);
+  const auto fill = static_cast<float>(problem.fill);
+
+  int64_t channel = static_cast<int64_t>(blockIdx.y) * channels_per_warp;
+  const int64_t end = channel + channels_per_warp < problem.channels ? channel + channels_per_warp
+                                                                     : problem.channels;
+  const T* slice = static_cast<const T*>(level.data) + (reads ? box.image * level.stride_n : 0) +
+                   channel * level.stride_c;
+  const auto* plane = reinterpret_cast<const char*>(slice);
+  const int64_t plane_bytes = level.stride_c * static_cast<int64_t>(sizeof(T));
+  T* pooled = static_cast<T*>(problem.pooled) + first * problem.channels + channel;
+  for (; channel < end; channel += 32, pooled += 32) {
+    const int32_t width = end - channel < 32 ? static_cast<int32_t>(end - channel) : 32;
+    GLIMPSE_NO_UNROLL
+    for (int32_t c = 0; c < width; ++c, plane += plane_bytes) {
+      turned[warp][lane][c] = reads ? corners.template value<T>(plane, element_bytes) : fill;
+    }
+    __syncwarp();
+    // Of few channels, several points at a time.
+    const int32_t side = 32 / width, own = lane / width, column = lane - own * width;
+    if (own < side) {
+      for (int32_t point = own; point < points; point += side) {
+        pooled[point * problem.channels + column] = Store<T>::from(turned[warp][point][column]);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+constexpr int32_t kCellsThreads = 256;
+
+/// How sample_cells_kernel divides a box: grid (box, group of cells, slice of channels). A group is
+/// `rows_per_block` rows of up to `columns` cells; a pass of the block takes `rows_per_pass` of
+/// them.
+struct CellsPlan {
+  TableShape tables;
+  int32_t columns, column_groups;
+  int32_t rows_per_pass, rows_per_block;
+  int32_t channels_per_block;
+  uint32_t element_bytes;
+};
+
+/// Block: a group of cells of a box. A thread goes down a column of them and finds the taps of a
+/// cell once for a slice of the channels, one or two taps in each direction in registers.
+template <class T>
+__global__ void __launch_bounds__(kCellsThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
+    sample_cells_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
+                        GLIMPSE_GRID_CONSTANT CellsPlan plan) {
+  using Number = acc_t<T>;
+  GLIMPSE_DYNAMIC_SHARED(shared);
+  const int64_t k = blockIdx.x;
+  const int32_t cells_y = plan.tables.cells_y, cells_x = plan.tables.cells_x;
+  const auto group = static_cast<int32_t>(blockIdx.y) / plan.column_groups;
+  const int32_t first_x =
+      (static_cast<int32_t>(blockIdx.y) - group * plan.column_groups) * plan.columns;
+  const int32_t first_y = group * plan.rows_per_block;
+  const int32_t end_y =
+      cells_y - first_y < plan.rows_per_block ? cells_y : first_y + plan.rows_per_block;
+  const Tables<Number> tables =
+      build_tables<Number, false>(problem, k, plan.tables, shared, first_y, end_y);
+
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t row_of_pass = thread / plan.columns;
+  const int32_t cell_x = first_x + thread - row_of_pass * plan.columns;
+  if (row_of_pass >= plan.rows_per_pass || cell_x >= cells_x) return;
+
+  const int64_t first_channel = static_cast<int64_t>(blockIdx.z) * plan.channels_per_block;
+  const int64_t left = problem.channels - first_channel;
+  const int32_t channels =
+      left < plan.channels_per_block ? static_cast<int32_t>(left) : plan.channels_per_block;
+  const Level& level = problem.level[tables.level < 0 ? 0 : tables.level];
+  const T* image = static_cast<const T*>(level.data) + tables.image * level.stride_n +
+                   first_channel * level.stride_c;
+  const bool nhwc = problem.layout == Layout::kNhwc;
+  const int64_t cells = int64_t{cells_y} * cells_x;
+  const int64_t to_cell = nhwc ? problem.channels : 1, to_channel = nhwc ? 1 : cells;
+  int32_t cell_y = first_y + row_of_pass;
+  auto* pooled = static_cast<pooled_t<T>*>(problem.pooled) + k * problem.channels * cells +
+                 first_channel * to_channel + (int64_t{cell_y} * cells_x + cell_x) * to_cell;
+  const int64_t to_next = int64_t{plan.rows_per_pass} * cells_x * to_cell;
+  const auto stride_y = static_cast<int32_t>(level.stride_h);
+  const auto stride_x = static_cast<int32_t>(level.stride_w);
+  const int64_t plane_bytes = level.stride_c * static_cast<int64_t>(sizeof(T));
+  const int64_t result_bytes = to_channel * static_cast<int64_t>(sizeof(pooled_t<T>));
+  const auto fill = static_cast<Number>(problem.fill);
+  const auto each_channel = [&](const auto& value) {
+    const T* plane = image;
+    pooled_t<T>* result = pooled;
+    GLIMPSE_NO_UNROLL
+    for (int32_t c = channels; c > 0; --c, plane += level.stride_c, result += to_channel) {
+      *result = Store<pooled_t<T>>::from(value(
+          [&](int32_t y, int32_t x) { return load_value(plane[y * stride_y + x * stride_x]); }));
+    }
+  };
+
+  if (!tables.fit) {
+    for (; cell_y < end_y; cell_y += plan.rows_per_pass, pooled += to_next) {
+      each_channel([&](const auto& load) {
+        return cell_value(problem.op, fill, tables.axis[kY], tables.axis[kX], cell_y, cell_x, load);
+      });
+    }
+    return;
+  }
+  const Row row_x = tables.row_x[cell_x];
+  Taps<Number> x = {};
+  if (row_x.count > 0) x = tables.two_taps(row_x);
+  for (; cell_y < end_y; cell_y += plan.rows_per_pass, pooled += to_next) {
+    const Row row_y = tables.row_y[cell_y];
+    if (row_y.count == 0 || row_x.count == 0) {
+      each_channel([&](const auto&) { return fill; });
+    } else if (row_y.count <= 2 && row_x.count <= 2) {
+      const Corners<Number> corners(level, tables.two_taps(row_y), x);
+      const auto* plane = reinterpret_cast<const char*>(image);
+      auto* result = reinterpret_cast<char*>(pooled);
+      GLIMPSE_NO_UNROLL
+      for (int32_t c = channels; c > 0; --c, plane += plane_bytes, result += result_bytes) {
+        const Number value = corners.template value<T>(plane, plan.element_bytes);
+        *reinterpret_cast<pooled_t<T>*>(result) = Store<pooled_t<T>>::from(value);
+      }
+    } else {
+      each_channel([&](const auto& load) { return tables.cell_value(row_y, row_x, load); });
     }
   }
 }
@@ -698,24 +902,17 @@ __global__ void __launch_bounds__(kNchwThreads, 5)
       const int32_t cell_y = row - channel * cells_y;
       const int32_t cell_x = first_cell + i - row * columns_left;
       const T* plane = image + channel * level.stride_c;
-      float sum = 0.0f;
+      const auto load = [&](int32_t y, int32_t x) {
+        return load_value(plane[y * stride_y + x * stride_x]);
+      };
+      float sum;
       if (tables.fit) {
         const Row row_y = tables.row_y[cell_y], row_x = tables.row_x[cell_x];
-        if (row_y.count == 0 || row_x.count == 0) sum = plan.fill;
-        GLIMPSE_NO_UNROLL
-        for (int32_t y = row_y.first; y < row_y.first + row_y.count; ++y) {
-          const T* line = plane + tables.tap[y].pixel * stride_y;
-          float line_sum = 0.0f;
-          GLIMPSE_NO_UNROLL
-          for (int32_t x = row_x.first; x < row_x.first + row_x.count; ++x) {
-            line_sum += tables.tap[x].weight * load_value(line[tables.tap[x].pixel * stride_x]);
-          }
-          sum += tables.tap[y].weight * line_sum;
-        }
+        sum = row_y.count == 0 || row_x.count == 0 ? plan.fill
+                                                   : tables.cell_value(row_y, row_x, load);
       } else {
-        sum = cell_value(
-            problem.op, plan.fill, tables.axis[kY], tables.axis[kX], cell_y, cell_x,
-            [&](int32_t y, int32_t x) { return load_value(plane[y * stride_y + x * stride_x]); });
+        sum = cell_value(problem.op, plan.fill, tables.axis[kY], tables.axis[kX], cell_y, cell_x,
+                         load);
       }
       pooled[row * cells_x + cell_x] = Store<T>::from(sum);
     }

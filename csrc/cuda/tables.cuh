@@ -134,6 +134,35 @@ struct Tables {
   const Row* row_x;        // [cells_x]
   const Tap<T>* tap;
   const TapSlope<T>* slope;  // beside tap; only where asked for
+
+  /// The taps of a row that has one or two.
+  __device__ __forceinline__ Taps<T> two_taps(Row row) const {
+    Taps<T> taps = {};
+    taps.count = row.count;
+    GLIMPSE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const Tap<T> at = tap[row.first + (i < row.count ? i : 0)];
+      taps.pixel[i] = at.pixel;
+      taps.weight[i] = at.weight;
+    }
+    return taps;
+  }
+
+  /// The weighted sum of load(y, x) over the taps of a cell whose rows are not empty.
+  template <class Load>
+  __device__ __forceinline__ T cell_value(Row y, Row x, const Load& load) const {
+    T sum = T(0);
+    GLIMPSE_NO_UNROLL
+    for (int32_t i = y.first; i < y.first + y.count; ++i) {
+      T line = T(0);
+      GLIMPSE_NO_UNROLL
+      for (int32_t j = x.first; j < x.first + x.count; ++j) {
+        line += tap[j].weight * load(tap[i].pixel, tap[j].pixel);
+      }
+      sum += tap[i].weight * line;
+    }
+    return sum;
+  }
 };
 
 namespace detail {
@@ -198,10 +227,13 @@ __device__ __forceinline__ int32_t pack_rows(Row* row, int32_t rows, int32_t roo
 
 /// Builds the tables of box k at `shared`, which has shape.bytes<T, kSlopes>() bytes aligned to 16.
 /// All threads of the block call it, and may read the result at once; there are barriers inside.
-/// A block that builds again first passes a barrier of its own.
+/// A block that builds again first passes a barrier of its own. Rows of y outside first_y, ...
+/// end_y - 1 may be left out and must not be read.
 template <class T, bool kSlopes>
 __device__ __forceinline__ Tables<T> build_tables(const Problem& problem, int64_t k,
-                                                  const TableShape& shape, char* shared) {
+                                                  const TableShape& shape, char* shared,
+                                                  int32_t first_y = 0,
+                                                  int32_t end_y = kMostTableRows) {
   auto* header = reinterpret_cast<detail::TableHeader<T>*>(shared);
   auto* row = reinterpret_cast<Row*>(shared + sizeof(detail::TableHeader<T>));
   auto* tap = reinterpret_cast<Tap<T>*>(shared + shape.taps_offset<T>());
@@ -223,7 +255,8 @@ __device__ __forceinline__ Tables<T> build_tables(const Problem& problem, int64_
   if (shape.slot == 0) {
     for (int32_t i = thread; i < rows; i += threads) {
       int32_t count = 0;
-      if (box.level >= 0) {
+      const bool left_out = i < shape.cells_y && (i < first_y || i >= end_y);
+      if (box.level >= 0 && !left_out) {
         const int32_t direction = i < shape.cells_y ? kY : kX;
         const int32_t cell = direction == kY ? i : i - shape.cells_y;
         const BoxAxis<T> axis = box_axis(problem, box, direction);
@@ -246,6 +279,7 @@ __device__ __forceinline__ Tables<T> build_tables(const Problem& problem, int64_
     }
     const int32_t direction = i < shape.cells_y ? kY : kX;
     const int32_t cell = direction == kY ? i : i - shape.cells_y;
+    if (direction == kY && cell > 0 && (cell < first_y || cell >= end_y)) continue;
     const BoxAxis<T> axis = box_axis(problem, box, direction);
     if (cell == 0) header->axis[direction] = axis;
     if (shape.slot == 0 && header->needed > shape.room) continue;
