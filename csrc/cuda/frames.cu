@@ -69,7 +69,7 @@ void pool(const FrameProblem& problem) {
     plan.channels_per_block /= 2;
   }
   // A few channels are read as fast as they are staged.
-  plan.stages = kChannels == 1 && !kMaximum && sizeof(acc_t<T>) == 4 && plan.tables.rows > 0 &&
+  plan.stages = kChannels == 1 && sizeof(acc_t<T>) == 4 && plan.tables.rows > 0 &&
                 problem.layout == Layout::kNchw && problem.channels >= 8 &&
                 int64_t{problem.out_height} * problem.out_width <= 1024;
   int64_t slices = (problem.channels - 1) / plan.channels_per_block + 1;

@@ -257,15 +257,15 @@ struct StageRow {
   int32_t first, count, start;
 };
 
-/// Means of all cells of a box in the channels of `image` and `pooled`, where its samples fit. All
-/// threads call it, after build_frame_tables; barriers inside. False where they do not fit, and
-/// then nothing has changed.
-template <class T>
-__device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t lines_y,
-                                            int32_t lines_x, const int32_t* start_y,
-                                            const int32_t* start_x, FrameTap<float>* table,
-                                            float* window, const T* image, int32_t channels,
-                                            float factor, pooled_t<T>* pooled) {
+/// Means or maxima of all cells of a box in the channels of `image`, `pooled` and `winner`, where
+/// its samples fit. All threads call it, after build_frame_tables; barriers inside. False where
+/// they do not fit, and then nothing has changed.
+template <class T, bool kMaximum>
+__device__ __forceinline__ bool pool_staged(const FrameProblem& problem, const FrameBox<float>& box,
+                                            const int32_t* start_y, const int32_t* start_x,
+                                            FrameTap<float>* table, float* window, const T* image,
+                                            int32_t channels, pooled_t<T>* pooled,
+                                            int32_t* winner) {
   constexpr int32_t kWarps = kFrameThreads / 32;
   GLIMPSE_SHARED(StageRow, stage, [kStageRows]);
   GLIMPSE_SHARED(int2, reached, [kWarps]);
@@ -274,7 +274,7 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t lane = thread & 31, warp = thread >> 5;
   const int32_t cells_x = problem.out_width, cells = problem.out_height * cells_x;
-  const int32_t taps = lines_y * lines_x;
+  const int32_t lines_x = start_x[cells_x], taps = start_y[problem.out_height] * lines_x;
 
   int32_t low = 2147483647, high = -1;
   for (int32_t i = thread; i < taps; i += kFrameThreads) {
@@ -326,10 +326,12 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t
   __syncthreads();
   const int32_t pixels = stage_pixels;
   const int32_t tile_pitch = cells | 1;
+  const int32_t tiles = kMaximum ? 2 : 1;  // values, and which samples they are
   // Odd, so that lanes may be pixels or channels.
   int32_t chunk_log2 = 5;
   while (chunk_log2 > 0 &&
-         (pixels + 1) * ((1 << chunk_log2) + 1) + (tile_pitch << chunk_log2) > kStageWords) {
+         (pixels + 1) * ((1 << chunk_log2) + 1) + ((tiles * tile_pitch) << chunk_log2) >
+             kStageWords) {
     --chunk_log2;
   }
   if (chunk_log2 == 0) return false;
@@ -346,8 +348,19 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t
   __syncthreads();
 
   float* tile = window + pixels * pitch;
+  auto* samples = reinterpret_cast<int32_t*>(tile + chunk * tile_pitch);
   const int32_t channel = thread & (chunk - 1);
   const float* own = window + channel;
+  const float factor = frame_factor(box.frame);
+  const auto add_to = [&](float sum, const FrameTap<float>& tap) {
+    sum += tap.low_low * own[tap.y];
+    if ((tap.highs & 2) != 0) sum += tap.low_high * own[tap.y + pitch];
+    if ((tap.highs & 1) != 0) {
+      sum += tap.high_low * own[tap.x];
+      if ((tap.highs & 2) != 0) sum += tap.high_high * own[tap.x + pitch];
+    }
+    return sum;
+  };
   for (int32_t base = 0; base < channels; base += chunk) {
     const int32_t live = channels - base < chunk ? channels - base : chunk;
     for (int32_t row = warp; row < rows; row += kWarps) {
@@ -379,30 +392,51 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t
     if (channel < live) {
       for (int32_t cell = thread >> chunk_log2; cell < cells; cell += kFrameThreads >> chunk_log2) {
         const int32_t cell_y = cell / cells_x, cell_x = cell - cell_y * cells_x;
-        float sum = 0;
-        GLIMPSE_NO_UNROLL
-        for (int32_t y = start_y[cell_y]; y < start_y[cell_y + 1]; ++y) {
+        const int32_t end_y = start_y[cell_y + 1];
+        const int32_t begin_x = start_x[cell_x], end_x = start_x[cell_x + 1];
+        if constexpr (kMaximum) {
+          const auto dropped = DroppedAround::of(box.frame, cell_window(box, cell_y, cell_x));
+          auto largest = Maximum<float>::none();
+          if (dropped.before) largest.take(0, -1);
+          int32_t index = 0;
           GLIMPSE_NO_UNROLL
-          for (int32_t x = start_x[cell_x]; x < start_x[cell_x + 1]; ++x) {
-            const FrameTap<float> tap = table[y * lines_x + x];
-            if (tap.highs < 0) continue;
-            sum += tap.low_low * own[tap.y];
-            if ((tap.highs & 2) != 0) sum += tap.low_high * own[tap.y + pitch];
-            if ((tap.highs & 1) != 0) {
-              sum += tap.high_low * own[tap.x];
-              if ((tap.highs & 2) != 0) sum += tap.high_high * own[tap.x + pitch];
+          for (int32_t y = start_y[cell_y]; y < end_y; ++y) {
+            if (dropped.left) largest.take(0, -1);
+            GLIMPSE_NO_UNROLL
+            for (int32_t x = begin_x; x < end_x; ++x, ++index) {
+              const FrameTap<float> tap = table[y * lines_x + x];
+              if (tap.highs < 0) {
+                largest.take(0, -1);
+              } else {
+                largest.take(add_to(0, tap), index);
+              }
+            }
+            if (dropped.right) largest.take(0, -1);
+          }
+          if (dropped.after) largest.take(0, -1);
+          tile[channel * tile_pitch + cell] = largest.value;
+          samples[channel * tile_pitch + cell] = largest.sample;
+        } else {
+          float sum = 0;
+          GLIMPSE_NO_UNROLL
+          for (int32_t y = start_y[cell_y]; y < end_y; ++y) {
+            GLIMPSE_NO_UNROLL
+            for (int32_t x = begin_x; x < end_x; ++x) {
+              const FrameTap<float> tap = table[y * lines_x + x];
+              if (tap.highs >= 0) sum = add_to(sum, tap);
             }
           }
+          tile[channel * tile_pitch + cell] = sum * factor;
         }
-        tile[channel * tile_pitch + cell] = sum * factor;
       }
     }
     __syncthreads();
     for (int32_t c = warp; c < live; c += kWarps) {
-      pooled_t<T>* target = pooled + int64_t{base + c} * cells;
+      const int64_t target = int64_t{base + c} * cells;
       GLIMPSE_NO_UNROLL
       for (int32_t i = lane; i < cells; i += 32) {
-        target[i] = Store<pooled_t<T>>::from(tile[c * tile_pitch + i]);
+        pooled[target + i] = Store<pooled_t<T>>::from(tile[c * tile_pitch + i]);
+        if constexpr (kMaximum) winner[target + i] = samples[c * tile_pitch + i];
       }
     }
     // The next chunk waits for this one's window, and its barrier for this one's tile.
@@ -435,18 +469,18 @@ __global__ void __launch_bounds__(kFrameThreads, 2)
   const auto* table = reinterpret_cast<const FrameTap<Number>*>(
       shared + plan.tables.template taps_offset<Number>());
   const Number factor = box.reads ? frame_factor(box.frame) : Number(0);
-  if constexpr (kChannels == 1 && !kMaximum && sizeof(Number) == 4) {
+  if constexpr (kChannels == 1 && sizeof(Number) == 4) {
     if (tables && plan.stages) {
       const int64_t channel = first * problem.map.stride_c + box.image * problem.map.stride_n;
+      const int64_t target = k * strides.box + first * strides.channel;
       auto* window = reinterpret_cast<float*>(shared + plan.tables.template bytes<float>());
-      const int32_t* start_x = start + problem.out_height + 1;
-      if (pool_staged<T>(problem, start[problem.out_height], start_x[cells_x], start, start_x,
-                         reinterpret_cast<FrameTap<float>*>(
-                             shared + plan.tables.template taps_offset<float>()),
-                         window, static_cast<const T*>(problem.map.data) + channel,
-                         static_cast<int32_t>(channels), factor,
-                         static_cast<pooled_t<T>*>(problem.pooled) + k * strides.box +
-                             first * strides.channel)) {
+      if (pool_staged<T, kMaximum>(problem, box, start, start + problem.out_height + 1,
+                                   reinterpret_cast<FrameTap<float>*>(
+                                       shared + plan.tables.template taps_offset<float>()),
+                                   window, static_cast<const T*>(problem.map.data) + channel,
+                                   static_cast<int32_t>(channels),
+                                   static_cast<pooled_t<T>*>(problem.pooled) + target,
+                                   problem.winner + target)) {
         return;
       }
     }
