@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "cuda/frames_grad_chosen.cuh"
 #include "cuda/frames_gradients.cuh"
 #include "cuda/kernels.h"
 
@@ -107,7 +108,8 @@ void grad_features_typed(const FrameProblem& problem) {
   const int64_t groups = (problem.channels - 1) / 32 + 1;  // of channels
   constexpr int64_t kMostWarps = kGatherWarps<acc_t<T>>;
   const int64_t warps = groups < kMostWarps ? groups : kMostWarps;
-  const int64_t channels = chosen ? kTileChannels : 32 * warps;
+  const int64_t chosen_threads = 32 * chosen_warps<acc_t<T>>(problem.layout);
+  const int64_t channels = chosen ? chosen_threads : 32 * warps;
   const int64_t slices = (problem.channels - 1) / channels + 1;
   if (tiles > kMostGridX || slices > kMostGridY) {
     throw std::invalid_argument("glimpse_ext: the map has more tiles than a grid has blocks");
@@ -118,8 +120,8 @@ void grad_features_typed(const FrameProblem& problem) {
                     static_cast<unsigned>(left < kMostGridY ? left : kMostGridY),
                     static_cast<unsigned>(slices));
     if (chosen) {
-      launch(frames_grad_chosen_kernel<T>, grid, kFrameThreads, 0, stream_of(problem), problem,
-             first_image);
+      launch(frames_grad_chosen_kernel<T>, grid, static_cast<unsigned>(chosen_threads), 0,
+             stream_of(problem), problem, first_image);
     } else {
       launch(frames_grad_features_kernel<T>, grid, static_cast<unsigned>(32 * warps), 0,
              stream_of(problem), problem, first_image);

@@ -16,7 +16,8 @@
 ///   frames_pool_kernel            mean or maximum over the samples of each cell
 ///   frames_chosen_kernel          one sample of each cell, for each channel its own
 ///   frames_grad_boxes_kernel      the gradient to a box, of both         (frames_gradients.cuh)
-///   frames_grad_features_kernel   the gradient to the map, of both       (frames_gradients.cuh)
+///   frames_grad_features_kernel   the gradient to the map, of the mean   (frames_gradients.cuh)
+///   frames_grad_chosen_kernel     the same, of the chosen samples        (frames_grad_chosen.cuh)
 ///
 /// Every output has one owner, which adds in a fixed order; nothing is cleared, nothing is atomic.
 namespace glimpse::cuda {
