@@ -56,12 +56,8 @@ GLIMPSE_HD int32_t chosen_warps(Layout layout) {
 struct ChosenCells {
   int32_t first_y, first_x, columns, count;
   int32_t samples;  // of a cell; 0: more than a slot has
-
-  /// Cells of a slot.
-  __device__ __forceinline__ int32_t in_slot() const { return samples > 0 ? 32 / samples : 32; }
-  __device__ __forceinline__ int32_t slots() const {
-    return count > 0 ? (count - 1) / in_slot() + 1 : 0;
-  }
+  int32_t in_slot;  // cells of a slot
+  int32_t slots;
 };
 
 template <class T>
@@ -85,6 +81,8 @@ __device__ __forceinline__ ChosenCells chosen_cells(const FrameProblem& problem,
   cells.columns = columns.end > columns.first ? columns.end - columns.first : 0;
   cells.count = rows.end > rows.first ? (rows.end - rows.first) * cells.columns : 0;
   cells.samples = samples <= 32 ? static_cast<int32_t>(samples) : 0;
+  cells.in_slot = cells.samples > 0 ? 32 / cells.samples : 32;
+  cells.slots = cells.count > 0 ? (cells.count - 1) / cells.in_slot + 1 : 0;
   return cells;
 }
 
@@ -143,7 +141,7 @@ __device__ __forceinline__ void add_at(T* own, const TapWeights<T>& weights,
 /// Grid: (tiles, images from first_image on, slices of channels). See Note [Gather of chosen
 /// samples].
 template <class T>
-__global__ void __launch_bounds__(32 * kChosenWarps<acc_t<T>>, 2)
+__global__ void __launch_bounds__(32 * kChosenWarps<acc_t<T>>, 3)
     frames_grad_chosen_kernel(GLIMPSE_GRID_CONSTANT FrameProblem problem, int64_t first_image) {
   using Number = acc_t<T>;
   constexpr int32_t kWarps = kChosenWarps<Number>;
@@ -186,7 +184,11 @@ __global__ void __launch_bounds__(32 * kChosenWarps<acc_t<T>>, 2)
     bool meets = false;
     if (base + threadIdx.x < problem.boxes) {
       const FrameBox<Number> box = read_frame<Number>(problem, base + threadIdx.x);
-      meets = box.reads && box.image == image && chosen_cells(problem, box, tile).count > 0;
+      const FrameReach<Number> reach = tile_reach(box, tile);
+      const Axis<Number>&axis_y = box.frame.axis[0], &axis_x = box.frame.axis[1];
+      meets = box.reads && box.image == image &&
+              may_reach(axis_y, problem.out_height, reach.low[0], reach.high[0]) &&
+              may_reach(axis_x, problem.out_width, reach.low[1], reach.high[1]);
     }
     const unsigned ballot = __ballot_sync(kFullWarp, meets);
     if (lane == 0) ballots[warp] = ballot;
@@ -201,18 +203,19 @@ __global__ void __launch_bounds__(32 * kChosenWarps<acc_t<T>>, 2)
 
     for (int32_t first = 0; first < hits; first += warps) {
       const int32_t taken = hits - first < warps ? hits - first : warps;
-      if (warp < taken && lane == 0) {
-        boxes[warp] = read_frame<Number>(problem, base + hit[first + warp]);
-        cells_of[warp] = chosen_cells(problem, boxes[warp], tile);
+      if (static_cast<int32_t>(threadIdx.x) < taken) {
+        const FrameBox<Number> box = read_frame<Number>(problem, base + hit[first + threadIdx.x]);
+        boxes[threadIdx.x] = box;
+        cells_of[threadIdx.x] = chosen_cells(problem, box, tile);
       }
       __syncthreads();
       int64_t slots = 0;
-      for (int32_t i = 0; i < taken; ++i) slots += cells_of[i].slots();
+      for (int32_t i = 0; i < taken; ++i) slots += cells_of[i].slots;
       for (int64_t slot = 0; slot < slots; slot += warps) {
         int64_t number = slot + warp;  // in its box
         int32_t at = 0;
         for (; at < taken; ++at) {
-          const int32_t of_box = cells_of[at].slots();
+          const int32_t of_box = cells_of[at].slots;
           if (number < of_box) break;
           number -= of_box;
         }
@@ -223,8 +226,8 @@ __global__ void __launch_bounds__(32 * kChosenWarps<acc_t<T>>, 2)
           const ChosenCells cells = cells_of[at];
           samples = cells.samples > 0 ? cells.samples : 1;
           group = lane / samples;
-          const auto index = static_cast<int32_t>(number) * cells.in_slot() + group;
-          if (group < cells.in_slot() && index < cells.count) {
+          const auto index = static_cast<int32_t>(number) * cells.in_slot + group;
+          if (group < cells.in_slot && index < cells.count) {
             const int32_t row = index / cells.columns;
             const int32_t y = cells.first_y + row;
             const int32_t x = cells.first_x + index - row * cells.columns;
