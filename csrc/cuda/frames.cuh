@@ -39,7 +39,7 @@ struct FrameStrides {
 
 /// What a sample reads, without arrays, so that nothing lands on the stack.
 template <class T>
-struct alignas(8) FrameTap {
+struct alignas(16) FrameTap {
   int32_t y, x;   // the low pixel of each direction
   int32_t highs;  // bit 0: a high pixel along y, bit 1: along x; -1: dropped
   T low_low, low_high, high_low, high_high;  // weights of (y, x)
@@ -337,7 +337,8 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, const F
   }
   if (chunk_log2 == 0) return false;
   const int32_t chunk = 1 << chunk_log2, pitch = chunk + 1;
-  // From here on a tap has the places of its low pixels in the window, for its two rows.
+  // From here on a tap has the places of its low pixels in the window, for its two rows. The others
+  // see it after the barrier that the window needs.
   for (int32_t i = thread; i < taps; i += kFrameThreads) {
     const int32_t highs = table[i].highs, x = table[i].x;
     if (highs < 0) continue;
@@ -346,12 +347,14 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, const F
     table[i].y = (row.start + x - row.first) * pitch;
     table[i].x = (next.start + x - next.first) * pitch;
   }
-  __syncthreads();
 
   float* tile = window + pixels * pitch;
   auto* samples = reinterpret_cast<int32_t*>(tile + chunk * tile_pitch);
   const int32_t channel = thread & (chunk - 1);
   const float* own = window + channel;
+  const int32_t first_cell = thread >> chunk_log2, step = kFrameThreads >> chunk_log2;
+  const int32_t first_y = first_cell / cells_x, first_x = first_cell - first_y * cells_x;
+  const int32_t step_y = step / cells_x, step_x = step - step_y * cells_x;
   const float factor = frame_factor(box.frame);
   const auto add_to = [&](float sum, const FrameTap<float>& tap) {
     sum += tap.low_low * own[tap.y];
@@ -391,8 +394,9 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, const F
     copy_async_wait_all();
     __syncthreads();
     if (channel < live) {
-      for (int32_t cell = thread >> chunk_log2; cell < cells; cell += kFrameThreads >> chunk_log2) {
-        const int32_t cell_y = cell / cells_x, cell_x = cell - cell_y * cells_x;
+      int32_t cell_y = first_y, cell_x = first_x;
+      GLIMPSE_NO_UNROLL
+      for (int32_t cell = first_cell; cell < cells; cell += step) {
         const int32_t end_y = start_y[cell_y + 1];
         const int32_t begin_x = start_x[cell_x], end_x = start_x[cell_x + 1];
         if constexpr (kMaximum) {
@@ -428,6 +432,12 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, const F
             }
           }
           tile[channel * tile_pitch + cell] = sum * factor;
+        }
+        cell_y += step_y;
+        cell_x += step_x;
+        if (cell_x >= cells_x) {
+          cell_x -= cells_x;
+          ++cell_y;
         }
       }
     }
