@@ -69,10 +69,10 @@ void pool(const FrameProblem& problem) {
          problem.boxes * ((problem.channels - 1) / plan.channels_per_block + 1) < kEnoughBlocks) {
     plan.channels_per_block /= 2;
   }
-  // A few channels are read as fast as they are staged.
+  // A few channels are read as fast as they are staged. The tables of more rows leave too little of
+  // 64 KB, which is what a block has at least.
   plan.stages = kChannels == 1 && sizeof(acc_t<T>) == 4 && plan.tables.rows > 0 &&
-                problem.layout == Layout::kNchw && problem.channels >= 8 &&
-                int64_t{problem.out_height} * problem.out_width <= 1024;
+                plan.tables.rows <= 64 && problem.layout == Layout::kNchw && problem.channels >= 8;
   int64_t slices = (problem.channels - 1) / plan.channels_per_block + 1;
   if (slices > kMostGridY) {
     throw std::invalid_argument("glimpse_ext: more channels than blocks in a grid");
