@@ -241,6 +241,17 @@ struct FrameReduction {
   }
 };
 
+/// DroppedAround of a cell whose window has so many samples along y and x.
+template <class T>
+__device__ __forceinline__ DroppedAround dropped_around(const FrameBox<T>& box, int32_t cell_y,
+                                                        int32_t cell_x, int32_t samples_y,
+                                                        int32_t samples_x) {
+  if (samples_y == box.frame.axis[0].samples && samples_x == box.frame.axis[1].samples) {
+    return {false, false, false, false};
+  }
+  return DroppedAround::of(box.frame, cell_window(box, cell_y, cell_x));
+}
+
 // Note [Staged samples]
 // In kNchw, cells of a warp read pixels that lie in as many lines of memory, and cells of a turned
 // box have no order that helps. So the block copies the pixels that samples reach to shared memory,
@@ -400,7 +411,8 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, const F
         const int32_t end_y = start_y[cell_y + 1];
         const int32_t begin_x = start_x[cell_x], end_x = start_x[cell_x + 1];
         if constexpr (kMaximum) {
-          const auto dropped = DroppedAround::of(box.frame, cell_window(box, cell_y, cell_x));
+          const auto dropped =
+              dropped_around(box, cell_y, cell_x, end_y - start_y[cell_y], end_x - begin_x);
           auto largest = Maximum<float>::none();
           if (dropped.before) largest.take(0, -1);
           int32_t index = 0;
@@ -528,7 +540,7 @@ __global__ void __launch_bounds__(kFrameThreads, 2)
         const int32_t begin_x = start_x[cell_x], end_x = start_x[cell_x + 1];
         DroppedAround dropped{false, false, false, false};
         if constexpr (kMaximum) {
-          dropped = DroppedAround::of(box.frame, cell_window(box, cell_y, cell_x));
+          dropped = dropped_around(box, cell_y, cell_x, end_y - begin_y, end_x - begin_x);
           if (dropped.before) sum.drop();
         }
         int32_t index = 0;
