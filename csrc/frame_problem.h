@@ -198,8 +198,8 @@ struct Maximum {
   GLIMPSE_HD static Maximum none() { return {T(0), -1, false}; }
 
   GLIMPSE_HD void take(T candidate, int32_t index) {
-    const bool is_nan = candidate != candidate, has_nan = value != value;
-    if (!any || candidate > value || (is_nan && !has_nan)) {
+    // Neither less nor equal is greater, or NaN.
+    if (!any || (!(candidate <= value) && value == value)) {
       value = candidate;
       sample = index;
       any = true;

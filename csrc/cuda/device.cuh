@@ -158,9 +158,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, std::size_
   void* addresses[] = {
       const_cast<void*>(static_cast<const void*>(&std::get<kIndex>(parameters)))..., nullptr};
   const auto* function = reinterpret_cast<const void*>(kernel);
-  // A block gets more than 48 KB only on request. The request is cheap, belongs to the current
-  // device and is allowed during graph capture, so it is not cached.
-  constexpr std::size_t kDefaultLimit = 48 * 1024;
+  // A block gets more than 48 KB only on request, its static variables included: kernels that have
+  // dynamic memory, too, keep those below 8 KB. The request is cheap, belongs to the current device
+  // and is allowed during graph capture, so it is not cached.
+  constexpr std::size_t kDefaultLimit = 40 * 1024;
   if (shared_bytes > kDefaultLimit) {
     check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(shared_bytes)),

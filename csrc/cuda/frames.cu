@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "cuda/frames_grad_chosen.cuh"
 #include "cuda/frames_gradients.cuh"
 #include "cuda/kernels.h"
 
@@ -68,10 +69,10 @@ void pool(const FrameProblem& problem) {
          problem.boxes * ((problem.channels - 1) / plan.channels_per_block + 1) < kEnoughBlocks) {
     plan.channels_per_block /= 2;
   }
-  // A few channels are read as fast as they are staged.
-  plan.stages = kChannels == 1 && !kMaximum && sizeof(acc_t<T>) == 4 && plan.tables.rows > 0 &&
-                problem.layout == Layout::kNchw && problem.channels >= 8 &&
-                int64_t{problem.out_height} * problem.out_width <= 1024;
+  // A few channels are read as fast as they are staged. The tables of more rows leave too little of
+  // 64 KB, which is what a block has at least.
+  plan.stages = kChannels == 1 && sizeof(acc_t<T>) == 4 && plan.tables.rows > 0 &&
+                plan.tables.rows <= 64 && problem.layout == Layout::kNchw && problem.channels >= 8;
   int64_t slices = (problem.channels - 1) / plan.channels_per_block + 1;
   if (slices > kMostGridY) {
     throw std::invalid_argument("glimpse_ext: more channels than blocks in a grid");
@@ -107,7 +108,8 @@ void grad_features_typed(const FrameProblem& problem) {
   const int64_t groups = (problem.channels - 1) / 32 + 1;  // of channels
   constexpr int64_t kMostWarps = kGatherWarps<acc_t<T>>;
   const int64_t warps = groups < kMostWarps ? groups : kMostWarps;
-  const int64_t channels = chosen ? kTileChannels : 32 * warps;
+  const int64_t chosen_threads = 32 * chosen_warps<acc_t<T>>(problem.layout);
+  const int64_t channels = chosen ? chosen_threads : 32 * warps;
   const int64_t slices = (problem.channels - 1) / channels + 1;
   if (tiles > kMostGridX || slices > kMostGridY) {
     throw std::invalid_argument("glimpse_ext: the map has more tiles than a grid has blocks");
@@ -118,8 +120,8 @@ void grad_features_typed(const FrameProblem& problem) {
                     static_cast<unsigned>(left < kMostGridY ? left : kMostGridY),
                     static_cast<unsigned>(slices));
     if (chosen) {
-      launch(frames_grad_chosen_kernel<T>, grid, kFrameThreads, 0, stream_of(problem), problem,
-             first_image);
+      launch(frames_grad_chosen_kernel<T>, grid, static_cast<unsigned>(chosen_threads), 0,
+             stream_of(problem), problem, first_image);
     } else {
       launch(frames_grad_features_kernel<T>, grid, static_cast<unsigned>(32 * warps), 0,
              stream_of(problem), problem, first_image);

@@ -16,7 +16,8 @@
 ///   frames_pool_kernel            mean or maximum over the samples of each cell
 ///   frames_chosen_kernel          one sample of each cell, for each channel its own
 ///   frames_grad_boxes_kernel      the gradient to a box, of both         (frames_gradients.cuh)
-///   frames_grad_features_kernel   the gradient to the map, of both       (frames_gradients.cuh)
+///   frames_grad_features_kernel   the gradient to the map, of the mean   (frames_gradients.cuh)
+///   frames_grad_chosen_kernel     the same, of the chosen samples        (frames_grad_chosen.cuh)
 ///
 /// Every output has one owner, which adds in a fixed order; nothing is cleared, nothing is atomic.
 namespace glimpse::cuda {
@@ -38,7 +39,7 @@ struct FrameStrides {
 
 /// What a sample reads, without arrays, so that nothing lands on the stack.
 template <class T>
-struct alignas(8) FrameTap {
+struct alignas(16) FrameTap {
   int32_t y, x;   // the low pixel of each direction
   int32_t highs;  // bit 0: a high pixel along y, bit 1: along x; -1: dropped
   T low_low, low_high, high_low, high_high;  // weights of (y, x)
@@ -240,6 +241,17 @@ struct FrameReduction {
   }
 };
 
+/// DroppedAround of a cell whose window has so many samples along y and x.
+template <class T>
+__device__ __forceinline__ DroppedAround dropped_around(const FrameBox<T>& box, int32_t cell_y,
+                                                        int32_t cell_x, int32_t samples_y,
+                                                        int32_t samples_x) {
+  if (samples_y == box.frame.axis[0].samples && samples_x == box.frame.axis[1].samples) {
+    return {false, false, false, false};
+  }
+  return DroppedAround::of(box.frame, cell_window(box, cell_y, cell_x));
+}
+
 // Note [Staged samples]
 // In kNchw, cells of a warp read pixels that lie in as many lines of memory, and cells of a turned
 // box have no order that helps. So the block copies the pixels that samples reach to shared memory,
@@ -257,15 +269,15 @@ struct StageRow {
   int32_t first, count, start;
 };
 
-/// Means of all cells of a box in the channels of `image` and `pooled`, where its samples fit. All
-/// threads call it, after build_frame_tables; barriers inside. False where they do not fit, and
-/// then nothing has changed.
-template <class T>
-__device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t lines_y,
-                                            int32_t lines_x, const int32_t* start_y,
-                                            const int32_t* start_x, FrameTap<float>* table,
-                                            float* window, const T* image, int32_t channels,
-                                            float factor, pooled_t<T>* pooled) {
+/// Means or maxima of all cells of a box in the channels of `image`, `pooled` and `winner`, where
+/// its samples fit. All threads call it, after build_frame_tables; barriers inside. False where
+/// they do not fit, and then nothing has changed.
+template <class T, bool kMaximum>
+__device__ __forceinline__ bool pool_staged(const FrameProblem& problem, const FrameBox<float>& box,
+                                            const int32_t* start_y, const int32_t* start_x,
+                                            FrameTap<float>* table, float* window, const T* image,
+                                            int32_t channels, pooled_t<T>* pooled,
+                                            int32_t* winner) {
   constexpr int32_t kWarps = kFrameThreads / 32;
   GLIMPSE_SHARED(StageRow, stage, [kStageRows]);
   GLIMPSE_SHARED(int2, reached, [kWarps]);
@@ -274,7 +286,7 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t lane = thread & 31, warp = thread >> 5;
   const int32_t cells_x = problem.out_width, cells = problem.out_height * cells_x;
-  const int32_t taps = lines_y * lines_x;
+  const int32_t lines_x = start_x[cells_x], taps = start_y[problem.out_height] * lines_x;
 
   int32_t low = 2147483647, high = -1;
   for (int32_t i = thread; i < taps; i += kFrameThreads) {
@@ -326,15 +338,18 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t
   __syncthreads();
   const int32_t pixels = stage_pixels;
   const int32_t tile_pitch = cells | 1;
+  const int32_t tiles = kMaximum ? 2 : 1;  // values, and which samples they are
   // Odd, so that lanes may be pixels or channels.
   int32_t chunk_log2 = 5;
   while (chunk_log2 > 0 &&
-         (pixels + 1) * ((1 << chunk_log2) + 1) + (tile_pitch << chunk_log2) > kStageWords) {
+         (pixels + 1) * ((1 << chunk_log2) + 1) + ((tiles * tile_pitch) << chunk_log2) >
+             kStageWords) {
     --chunk_log2;
   }
   if (chunk_log2 == 0) return false;
   const int32_t chunk = 1 << chunk_log2, pitch = chunk + 1;
-  // From here on a tap has the places of its low pixels in the window, for its two rows.
+  // From here on a tap has the places of its low pixels in the window, for its two rows. The others
+  // see it after the barrier that the window needs.
   for (int32_t i = thread; i < taps; i += kFrameThreads) {
     const int32_t highs = table[i].highs, x = table[i].x;
     if (highs < 0) continue;
@@ -343,11 +358,24 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t
     table[i].y = (row.start + x - row.first) * pitch;
     table[i].x = (next.start + x - next.first) * pitch;
   }
-  __syncthreads();
 
   float* tile = window + pixels * pitch;
+  auto* samples = reinterpret_cast<int32_t*>(tile + chunk * tile_pitch);
   const int32_t channel = thread & (chunk - 1);
   const float* own = window + channel;
+  const int32_t first_cell = thread >> chunk_log2, step = kFrameThreads >> chunk_log2;
+  const int32_t first_y = first_cell / cells_x, first_x = first_cell - first_y * cells_x;
+  const int32_t step_y = step / cells_x, step_x = step - step_y * cells_x;
+  const float factor = frame_factor(box.frame);
+  const auto add_to = [&](float sum, const FrameTap<float>& tap) {
+    sum += tap.low_low * own[tap.y];
+    if ((tap.highs & 2) != 0) sum += tap.low_high * own[tap.y + pitch];
+    if ((tap.highs & 1) != 0) {
+      sum += tap.high_low * own[tap.x];
+      if ((tap.highs & 2) != 0) sum += tap.high_high * own[tap.x + pitch];
+    }
+    return sum;
+  };
   for (int32_t base = 0; base < channels; base += chunk) {
     const int32_t live = channels - base < chunk ? channels - base : chunk;
     for (int32_t row = warp; row < rows; row += kWarps) {
@@ -377,32 +405,61 @@ __device__ __forceinline__ bool pool_staged(const FrameProblem& problem, int32_t
     copy_async_wait_all();
     __syncthreads();
     if (channel < live) {
-      for (int32_t cell = thread >> chunk_log2; cell < cells; cell += kFrameThreads >> chunk_log2) {
-        const int32_t cell_y = cell / cells_x, cell_x = cell - cell_y * cells_x;
-        float sum = 0;
-        GLIMPSE_NO_UNROLL
-        for (int32_t y = start_y[cell_y]; y < start_y[cell_y + 1]; ++y) {
+      int32_t cell_y = first_y, cell_x = first_x;
+      GLIMPSE_NO_UNROLL
+      for (int32_t cell = first_cell; cell < cells; cell += step) {
+        const int32_t end_y = start_y[cell_y + 1];
+        const int32_t begin_x = start_x[cell_x], end_x = start_x[cell_x + 1];
+        if constexpr (kMaximum) {
+          const auto dropped =
+              dropped_around(box, cell_y, cell_x, end_y - start_y[cell_y], end_x - begin_x);
+          auto largest = Maximum<float>::none();
+          if (dropped.before) largest.take(0, -1);
+          int32_t index = 0;
           GLIMPSE_NO_UNROLL
-          for (int32_t x = start_x[cell_x]; x < start_x[cell_x + 1]; ++x) {
-            const FrameTap<float> tap = table[y * lines_x + x];
-            if (tap.highs < 0) continue;
-            sum += tap.low_low * own[tap.y];
-            if ((tap.highs & 2) != 0) sum += tap.low_high * own[tap.y + pitch];
-            if ((tap.highs & 1) != 0) {
-              sum += tap.high_low * own[tap.x];
-              if ((tap.highs & 2) != 0) sum += tap.high_high * own[tap.x + pitch];
+          for (int32_t y = start_y[cell_y]; y < end_y; ++y) {
+            if (dropped.left) largest.take(0, -1);
+            GLIMPSE_NO_UNROLL
+            for (int32_t x = begin_x; x < end_x; ++x, ++index) {
+              const FrameTap<float> tap = table[y * lines_x + x];
+              if (tap.highs < 0) {
+                largest.take(0, -1);
+              } else {
+                largest.take(add_to(0, tap), index);
+              }
+            }
+            if (dropped.right) largest.take(0, -1);
+          }
+          if (dropped.after) largest.take(0, -1);
+          tile[channel * tile_pitch + cell] = largest.value;
+          samples[channel * tile_pitch + cell] = largest.sample;
+        } else {
+          float sum = 0;
+          GLIMPSE_NO_UNROLL
+          for (int32_t y = start_y[cell_y]; y < end_y; ++y) {
+            GLIMPSE_NO_UNROLL
+            for (int32_t x = begin_x; x < end_x; ++x) {
+              const FrameTap<float> tap = table[y * lines_x + x];
+              if (tap.highs >= 0) sum = add_to(sum, tap);
             }
           }
+          tile[channel * tile_pitch + cell] = sum * factor;
         }
-        tile[channel * tile_pitch + cell] = sum * factor;
+        cell_y += step_y;
+        cell_x += step_x;
+        if (cell_x >= cells_x) {
+          cell_x -= cells_x;
+          ++cell_y;
+        }
       }
     }
     __syncthreads();
     for (int32_t c = warp; c < live; c += kWarps) {
-      pooled_t<T>* target = pooled + int64_t{base + c} * cells;
+      const int64_t target = int64_t{base + c} * cells;
       GLIMPSE_NO_UNROLL
       for (int32_t i = lane; i < cells; i += 32) {
-        target[i] = Store<pooled_t<T>>::from(tile[c * tile_pitch + i]);
+        pooled[target + i] = Store<pooled_t<T>>::from(tile[c * tile_pitch + i]);
+        if constexpr (kMaximum) winner[target + i] = samples[c * tile_pitch + i];
       }
     }
     // The next chunk waits for this one's window, and its barrier for this one's tile.
@@ -435,18 +492,18 @@ __global__ void __launch_bounds__(kFrameThreads, 2)
   const auto* table = reinterpret_cast<const FrameTap<Number>*>(
       shared + plan.tables.template taps_offset<Number>());
   const Number factor = box.reads ? frame_factor(box.frame) : Number(0);
-  if constexpr (kChannels == 1 && !kMaximum && sizeof(Number) == 4) {
+  if constexpr (kChannels == 1 && sizeof(Number) == 4) {
     if (tables && plan.stages) {
       const int64_t channel = first * problem.map.stride_c + box.image * problem.map.stride_n;
+      const int64_t target = k * strides.box + first * strides.channel;
       auto* window = reinterpret_cast<float*>(shared + plan.tables.template bytes<float>());
-      const int32_t* start_x = start + problem.out_height + 1;
-      if (pool_staged<T>(problem, start[problem.out_height], start_x[cells_x], start, start_x,
-                         reinterpret_cast<FrameTap<float>*>(
-                             shared + plan.tables.template taps_offset<float>()),
-                         window, static_cast<const T*>(problem.map.data) + channel,
-                         static_cast<int32_t>(channels), factor,
-                         static_cast<pooled_t<T>*>(problem.pooled) + k * strides.box +
-                             first * strides.channel)) {
+      if (pool_staged<T, kMaximum>(problem, box, start, start + problem.out_height + 1,
+                                   reinterpret_cast<FrameTap<float>*>(
+                                       shared + plan.tables.template taps_offset<float>()),
+                                   window, static_cast<const T*>(problem.map.data) + channel,
+                                   static_cast<int32_t>(channels),
+                                   static_cast<pooled_t<T>*>(problem.pooled) + target,
+                                   problem.winner + target)) {
         return;
       }
     }
@@ -483,7 +540,7 @@ __global__ void __launch_bounds__(kFrameThreads, 2)
         const int32_t begin_x = start_x[cell_x], end_x = start_x[cell_x + 1];
         DroppedAround dropped{false, false, false, false};
         if constexpr (kMaximum) {
-          dropped = DroppedAround::of(box.frame, cell_window(box, cell_y, cell_x));
+          dropped = dropped_around(box, cell_y, cell_x, end_y - begin_y, end_x - begin_x);
           if (dropped.before) sum.drop();
         }
         int32_t index = 0;

@@ -191,6 +191,16 @@ struct CellRange {
   int32_t first, end;
 };
 
+/// Whether a sample may lie in [low, high]. Never false where one does; divides by nothing.
+template <class T>
+GLIMPSE_HD bool may_reach(const Axis<T>& axis, int32_t cells, T low, T high) {
+  const T begin = axis.origin, end = axis.origin + static_cast<T>(cells) * axis.step;
+  const T margin = axis.step < 0 ? -axis.step : axis.step;
+  const bool below = (begin < end ? end : begin) + margin < low;
+  const bool above = (begin < end ? begin : end) - margin > high;
+  return !(below || above);
+}
+
 /// The cells of which a sample may lie in [low, high]: at most one too many at either end.
 template <class T>
 GLIMPSE_HD CellRange cells_within(const Axis<T>& axis, int32_t cells, T low, T high) {
