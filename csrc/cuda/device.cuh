@@ -160,12 +160,20 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, std::size_
   const auto* function = reinterpret_cast<const void*>(kernel);
   // A block gets more than 48 KB only on request, its static variables included: kernels that have
   // dynamic memory, too, keep those below 8 KB. The request is cheap, belongs to the current device
-  // and is allowed during graph capture, so it is not cached.
+  // and is allowed during graph capture, so it is not cached. It is always for all that there is:
+  // another thread that launches the kernel with less must not take it back.
   constexpr std::size_t kDefaultLimit = 40 * 1024;
   if (shared_bytes > kDefaultLimit) {
-    check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_bytes)),
-                 function, grid, block, shared_bytes);
+    const auto check = [&](cudaError_t status) {
+      check_launch(status, function, grid, block, shared_bytes);
+    };
+    int device = 0, most = 0;
+    cudaFuncAttributes attributes = {};
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaFuncGetAttributes(&attributes, function));
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               most - static_cast<int>(attributes.sharedSizeBytes)));
   }
   check_launch(cudaLaunchKernel(function, grid, dim3(block), addresses, shared_bytes, stream),
                function, grid, block, shared_bytes);
