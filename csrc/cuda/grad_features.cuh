@@ -1300,4 +1300,49 @@ __global__ void __launch_bounds__(256, sizeof(Number) == 8 ? 1 : 2)
   }
 }
 
+// ------------------------------------------------------------------------------------ launches
+
+constexpr int64_t kMostBlocks = 2147483647;
+constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of a large GPU
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Blocks over `items`, one thread each; kernels loop where that is not enough.
+inline dim3 blocks_of_256(int64_t items) {
+  const int64_t blocks = ceil_div(items, 256);
+  return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
+}
+
+/// Divides all levels into tiles and returns the number of blocks.
+template <class Tile>
+int64_t lay_tiles(const Problem& problem, GatherPlan* plan_of) {
+  GatherPlan& plan = *plan_of;
+  plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
+  int64_t tiles = 0;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    plan.first_tile[l] = tiles;
+    plan.tiles_y[l] = static_cast<int32_t>(ceil_div(problem.level[l].height, Tile::kRows));
+    plan.tiles_x[l] = static_cast<int32_t>(ceil_div(problem.level[l].width, Tile::kColumns));
+    tiles += problem.batch * plan.tiles_y[l] * plan.tiles_x[l];
+  }
+  return tiles * plan.slices;
+}
+
+/// Whether tiles make so few blocks that smaller ones end earlier.
+template <class Tile>
+bool few_blocks(const Problem& problem) {
+  GatherPlan plan = {};
+  return lay_tiles<Tile>(problem, &plan) < kFewBlocks;
+}
+
+template <class Kernel>
+void launch_blocks(const Problem& problem, Kernel kernel, int64_t blocks, size_t bytes,
+                   GatherPlan plan) {
+  for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
+    const int64_t left = blocks - plan.first_block;
+    launch(kernel, dim3(static_cast<unsigned>(left < kMostBlocks ? left : kMostBlocks)),
+           kGatherThreads, bytes, static_cast<Stream>(problem.stream), problem, plan);
+  }
+}
+
 }  // namespace glimpse::cuda
