@@ -32,7 +32,7 @@ struct alignas(16) PointWeights {
   float y[2], x[2];
 };
 
-/// Sizes, and what the first kernel leaves for the second in Problem::workspace.
+/// Sizes, and what the first kernel leaves for the second in Problem::workspace. Made at launch.
 struct PointSets {
   int64_t points;        // of each image, which has those from image * points on
   int32_t height;        // sets of rows come first
@@ -44,7 +44,7 @@ struct PointSets {
 
   static constexpr int32_t kSetWords = 4;  // that a lane reads at once
 
-  GLIMPSE_HD explicit PointSets(const Problem& problem) {
+  explicit PointSets(const Problem& problem) {
     const bool by_rule = problem.image_index == nullptr && problem.image_column == 0;
     points = by_rule ? problem.boxes_per_image : problem.boxes;
     height = problem.level[0].height;
@@ -57,7 +57,7 @@ struct PointSets {
 
   GLIMPSE_HD int64_t sets() const { return int64_t{height} + tile_columns; }  // of an image
 
-  GLIMPSE_HD size_t bytes(const Problem& problem) const {
+  size_t bytes(const Problem& problem) const {
     return static_cast<size_t>(problem.boxes) * (sizeof(PointWeights) + sizeof(PointPlace)) +
            static_cast<size_t>(problem.batch * sets() * words) * sizeof(uint32_t);
   }
@@ -88,28 +88,45 @@ __device__ __forceinline__ PointTaps point_taps(const Problem& problem, const Bo
   return found;
 }
 
-/// Writes a word of `count` sets: bit i of it is whether lane i has the number of the set among
+/// Bits first - base .. end - base - 1, as far as they are bits of a word.
+__device__ __forceinline__ uint32_t bits_of(Cells range, int32_t base) {
+  const int32_t low = range.first > base ? range.first - base : 0;
+  const int32_t high = range.end - base < 32 ? range.end - base : 32;
+  return low < high ? kFullWarp >> (32 - (high - low)) << low : 0;
+}
+
+/// Lane i gets bit i of all lanes.
+__device__ __forceinline__ uint32_t turn_bits(uint32_t bits) {
+  uint32_t low = 0x0000ffffu;
+  GLIMPSE_UNROLL
+  for (int32_t step = 16; step > 0; step /= 2) {
+    const uint32_t other = __shfl_xor_sync(kFullWarp, bits, step);
+    bits = (threadIdx.x & step) == 0 ? (bits & low) | (other & low) << step
+                                     : (bits & ~low) | (other & ~low) >> step;
+    low ^= low << step / 2;
+  }
+  return bits;
+}
+
+/// Writes a word of each of `count` sets: bit i is whether lane i has the number of the set among
 /// `own`. All lanes of a warp call it.
 __device__ __forceinline__ void write_sets(Cells own, int32_t count, int64_t words,
                                            uint32_t* word) {
   const auto lane = static_cast<int32_t>(threadIdx.x & 31);
-  const auto length = static_cast<uint32_t>(own.end - own.first);
+  GLIMPSE_NO_UNROLL
   for (int32_t base = 0; base < count; base += 32) {
-    uint32_t kept = 0;
-    GLIMPSE_UNROLL
-    for (int32_t i = 0; i < 32; ++i) {
-      const bool has = static_cast<uint32_t>(base + i - own.first) < length;
-      const uint32_t lanes = __ballot_sync(kFullWarp, has);
-      if (lane == i) kept = lanes;
-    }
-    if (base + lane < count) word[(base + lane) * words] = kept;
+    uint32_t bits = bits_of(own, base);
+    if (__ballot_sync(kFullWarp, bits != 0) != 0) bits = turn_bits(bits);
+    if (base + lane < count) word[(base + lane) * words] = bits;
   }
 }
 
+constexpr int32_t kPointThreads = 128;
+
 /// Warp: 32 points of one image.
-__global__ void __launch_bounds__(kPrepareThreads, 2)
-    prepare_points_kernel(GLIMPSE_GRID_CONSTANT Problem problem) {
-  const PointSets sets(problem);
+__global__ void __launch_bounds__(kPointThreads, 4)
+    prepare_points_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
+                          GLIMPSE_GRID_CONSTANT PointSets sets) {
   const auto lane = static_cast<int32_t>(threadIdx.x & 31);
   const int64_t stride = int64_t{gridDim.x} * blockDim.x / 32;
   const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
@@ -185,17 +202,18 @@ __device__ __forceinline__ void add_to_columns(const float (&product)[Tile::kVec
 
 /// The row of pixels of a warp.
 struct PointRow {
-  int64_t first_point;  // of the image
+  int32_t first_point;  // of the image
   int32_t y, x;         // the first pixel
 };
 
 /// Adds the `count` points that wait from `head` on. `grad` is that of point 0 in the first channel
-/// of this lane; its others are 32 apart, `left` channels are left from the first one on.
+/// of this lane, of which `has` says which exist; they are 32 apart. Points are `stride` bytes
+/// apart.
 template <class T, class Tile>
 __device__ __forceinline__ void add_points(const PointSets& sets, const PointRow& row,
-                                           const T* grad, int64_t channels, int64_t left,
-                                           int32_t head, int32_t count, PointQueue& queue,
-                                           TileSums<Tile>& sums) {
+                                           const T* grad, int32_t stride,
+                                           const bool (&has)[Tile::kVector], int32_t head,
+                                           int32_t count, PointQueue& queue, TileSums<Tile>& sums) {
   constexpr int32_t kLoads = 4;  // points whose gradients are loaded together
   const auto lane = static_cast<int32_t>(threadIdx.x & 31);
   __syncwarp();  // what waits has been written, and the last visits have been read
@@ -204,7 +222,7 @@ __device__ __forceinline__ void add_points(const PointSets& sets, const PointRow
     int32_t point = 0;  // beyond the last one: any point, with weights of 0
     if (lane < count) {
       point = queue.waiting[(head + lane) % PointQueue::kRoom];
-      const int64_t k = row.first_point + point;
+      const int32_t k = row.first_point + point;
       const int2 place = load_readonly(reinterpret_cast<const int2*>(sets.place) + k);
       const float4 weights = load_readonly(reinterpret_cast<const float4*>(sets.weights) + k);
       const int32_t column = place.y - row.x;
@@ -224,10 +242,11 @@ __device__ __forceinline__ void add_points(const PointSets& sets, const PointRow
     Pack<T, 1> loaded[kLoads][Tile::kVector];
     GLIMPSE_UNROLL
     for (int32_t j = 0; j < kLoads; ++j) {
-      const T* own = grad + point[j] * channels;
+      const auto* own = reinterpret_cast<const T*>(reinterpret_cast<const char*>(grad) +
+                                                   int64_t{point[j]} * stride);
       GLIMPSE_UNROLL
       for (int32_t v = 0; v < Tile::kVector; ++v) {
-        loaded[j][v] = 32 * v < left ? Pack<T, 1>::load(own + 32 * v) : Pack<T, 1>::zero();
+        loaded[j][v] = has[v] ? Pack<T, 1>::load(own + 32 * v) : Pack<T, 1>::zero();
       }
     }
     GLIMPSE_UNROLL
@@ -248,58 +267,68 @@ __device__ __forceinline__ void add_points(const PointSets& sets, const PointRow
 
 /// Adds all points that touch the row of pixels of this warp.
 template <class T, class Tile>
-__device__ __forceinline__ void add_row(const Problem& problem, const TilePlace& place,
+__device__ __forceinline__ void add_row(const Problem& problem, const PointSets& sets,
+                                        const TilePlace& place, const bool (&has)[Tile::kVector],
                                         PointQueue& queue, TileSums<Tile>& sums) {
-  const PointSets sets(problem);
   const auto lane = static_cast<int32_t>(threadIdx.x & 31),
              warp = static_cast<int32_t>(threadIdx.x >> 5);
-  const PointRow row = {place.image * sets.points, place.y + warp, place.x};
-  const int64_t channel = int64_t{place.slice} * Tile::kChannels + lane;
-  const T* grad =
-      static_cast<const T*>(problem.pooled) + row.first_point * problem.channels + channel;
+  const PointRow row = {static_cast<int32_t>(place.image * sets.points), place.y + warp, place.x};
+  const T* grad = static_cast<const T*>(problem.pooled) + row.first_point * problem.channels +
+                  int64_t{place.slice} * Tile::kChannels + lane;
+  const auto stride = static_cast<int32_t>(problem.channels * static_cast<int64_t>(sizeof(T)));
 
   const auto quads = static_cast<int32_t>(sets.words / PointSets::kSetWords);
-  const auto* set_of_image =
-      reinterpret_cast<const uint4*>(sets.set) + place.image * sets.sets() * quads;
-  const uint4* in_row = set_of_image + int64_t{row.y} * quads;
-  const uint4* in_column = set_of_image + (int64_t{sets.height} + place.x / kPointColumns) * quads;
+  const auto* quad_of_sets = reinterpret_cast<const uint4*>(sets.set);
+  const auto first_set = static_cast<int32_t>(place.image * sets.sets());
+  const int32_t in_row = (first_set + row.y) * quads;
+  const int32_t in_column = (first_set + sets.height + row.x / kPointColumns) * quads;
+  int32_t next = lane;          // quad of words
   int32_t head = 0, count = 0;  // of what waits
-  for (int32_t base = 0; base < quads; base += 32) {
+  int32_t enough = PointQueue::kAtOnce;
+  do {
     uint32_t own[PointSets::kSetWords] = {};
-    if (base + lane < quads) {
-      const uint4 one = load_readonly(in_row + base + lane);
-      const uint4 other = load_readonly(in_column + base + lane);
-      own[0] = one.x & other.x, own[1] = one.y & other.y;
-      own[2] = one.z & other.z, own[3] = one.w & other.w;
+    uint32_t pending = 0;
+    GLIMPSE_NO_UNROLL
+    while (pending == 0 && next - lane < quads) {
+      uint32_t both = 0;
+      if (next < quads) {
+        const uint4 one = load_readonly(quad_of_sets + in_column + next);
+        if ((one.x | one.y | one.z | one.w) != 0) {
+          const uint4 other = load_readonly(quad_of_sets + in_row + next);
+          own[0] = one.x & other.x, own[1] = one.y & other.y;
+          own[2] = one.z & other.z, own[3] = one.w & other.w;
+          both = own[0] | own[1] | own[2] | own[3];
+        }
+      }
+      pending = __ballot_sync(kFullWarp, both != 0);
+      next += 32;
     }
-    const bool last = base + 32 >= quads;
-    uint32_t pending = __ballot_sync(kFullWarp, (own[0] | own[1] | own[2] | own[3]) != 0);
-    while (pending != 0 || (last && count > 0)) {
+    if (pending == 0) enough = 1;  // none will come
+    do {
       if (pending != 0) {
         const int32_t source = __ffs(static_cast<int>(pending)) - 1;
         pending &= pending - 1;
+        const int32_t first = (next - lane - 32 + source) * PointSets::kSetWords * 32 + lane;
         GLIMPSE_UNROLL
         for (int32_t j = 0; j < PointSets::kSetWords; ++j) {
           const uint32_t bits = __shfl_sync(kFullWarp, own[j], source);
+          if (bits == 0) continue;
           if ((bits >> lane & 1) != 0) {
             const int32_t before = __popc(bits & ((1u << lane) - 1));
-            queue.waiting[(head + count + before) % PointQueue::kRoom] =
-                ((base + source) * PointSets::kSetWords + j) * 32 + lane;
+            queue.waiting[(head + count + before) % PointQueue::kRoom] = first + 32 * j;
           }
           count += __popc(bits);
         }
       }
-      const int32_t enough = last && pending == 0 ? 1 : PointQueue::kAtOnce;
       GLIMPSE_NO_UNROLL
       while (count >= enough) {
         const int32_t added = count < PointQueue::kAtOnce ? count : PointQueue::kAtOnce;
-        add_points<T>(sets, row, grad, problem.channels, problem.channels - channel, head, added,
-                      queue, sums);
+        add_points<T>(sets, row, grad, stride, has, head, added, queue, sums);
         head += added;
         count -= added;
       }
-    }
-  }
+    } while (pending != 0);
+  } while (enough > 1);
 }
 
 /// Block: a tile by kChannels channels. Warp: a row of pixels. Lane: kVector channels, 32 apart, of
@@ -307,6 +336,7 @@ __device__ __forceinline__ void add_row(const Problem& problem, const TilePlace&
 template <class T, class Tile>
 __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
     gather_points_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
+                         GLIMPSE_GRID_CONSTANT PointSets sets,
                          GLIMPSE_GRID_CONSTANT GatherPlan plan) {
   GLIMPSE_DYNAMIC_SHARED(turn);  // where rows are innermost
   GLIMPSE_SHARED(TilePlace, place, );
@@ -318,16 +348,19 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
              warp = static_cast<int32_t>(threadIdx.x >> 5);
   const int32_t y = place.y + warp;
   if (y >= level.height) return;
+  const int64_t channel = int64_t{place.slice} * Tile::kChannels + lane;
+  bool has[Tile::kVector];
+  GLIMPSE_UNROLL
+  for (int32_t v = 0; v < Tile::kVector; ++v) has[v] = channel + 32 * v < problem.channels;
   TileSums<Tile> sums;
   sums.clear();
-  add_row<T>(problem, place, queues[warp], sums);
+  add_row<T, Tile>(problem, sets, place, has, queues[warp], sums);
 
   if (problem.layout == Layout::kNchw) {
     store_nchw<T>(problem, place, reinterpret_cast<float*>(turn) + warp * Stage<T, Tile>::kTurned,
                   sums);
     return;
   }
-  const int64_t channel = int64_t{place.slice} * Tile::kChannels + lane;
   T* pixel = static_cast<T*>(level.data) + place.image * level.stride_n + y * level.stride_h +
              place.x * level.stride_w + channel * level.stride_c;
   const int32_t width = level.width - place.x;
@@ -336,7 +369,7 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
     if (j < width) {
       GLIMPSE_UNROLL
       for (int32_t v = 0; v < Tile::kVector; ++v) {
-        if (channel + 32 * v < problem.channels) {
+        if (has[v]) {
           pixel[32 * v * level.stride_c] = Store<T>::from(sums.value[j][v]);
         }
       }
