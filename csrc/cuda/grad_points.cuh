@@ -46,7 +46,7 @@ struct PointSets {
 
   explicit PointSets(const Problem& problem) {
     const bool by_rule = problem.image_index == nullptr && problem.image_column == 0;
-    points = by_rule ? problem.boxes_per_image : problem.boxes;
+    points = by_rule && problem.boxes > 0 ? problem.boxes_per_image : problem.boxes;
     height = problem.level[0].height;
     tile_columns = (problem.level[0].width + kPointColumns - 1) / kPointColumns;
     words = (points + 32 * kSetWords - 1) / (32 * kSetWords) * kSetWords;
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kPointThreads, 4)
 /// What a warp knows of the points that it adds next; in shared memory.
 struct PointQueue {
   static constexpr int32_t kAtOnce = 32;  // points that are added together
-  static constexpr int32_t kRoom = 256;   // a power of two: kAtOnce - 1 and those of kSetWords
+  static constexpr uint32_t kRoom = 256;  // a power of two: kAtOnce - 1 and those of kSetWords
 
   /// A point as the row of pixels of this warp sees it.
   struct alignas(16) Visit {
@@ -200,33 +200,26 @@ __device__ __forceinline__ void add_to_columns(const float (&product)[Tile::kVec
   }
 }
 
-/// The row of pixels of a warp.
-struct PointRow {
-  int32_t first_point;  // of the image
-  int32_t y, x;         // the first pixel
-};
-
-/// Adds the `count` points that wait from `head` on. `grad` is that of point 0 in the first channel
-/// of this lane, of which `has` says which exist; they are 32 apart. Points are `stride` bytes
-/// apart.
+/// Adds the `count` points that wait from `head` on to the row of pixels of this warp.
 template <class T, class Tile>
-__device__ __forceinline__ void add_points(const PointSets& sets, const PointRow& row,
-                                           const T* grad, int32_t stride,
-                                           const bool (&has)[Tile::kVector], int32_t head,
-                                           int32_t count, PointQueue& queue, TileSums<Tile>& sums) {
+__device__ __forceinline__ void add_points(const Problem& problem, const PointSets& sets,
+                                           const TilePlace& tile, uint32_t head, int32_t count,
+                                           PointQueue& queue, TileSums<Tile>& sums) {
   constexpr int32_t kLoads = 4;  // points whose gradients are loaded together
   const auto lane = static_cast<int32_t>(threadIdx.x & 31);
+  const int64_t first_point = tile.image * sets.points;
   __syncwarp();  // what waits has been written, and the last visits have been read
   {
     PointQueue::Visit visit = {0, 0, 0, 0};
     int32_t point = 0;  // beyond the last one: any point, with weights of 0
     if (lane < count) {
-      point = queue.waiting[(head + lane) % PointQueue::kRoom];
-      const int32_t k = row.first_point + point;
+      point = queue.waiting[(head + static_cast<uint32_t>(lane)) % PointQueue::kRoom];
+      const int64_t k = first_point + point;
       const int2 place = load_readonly(reinterpret_cast<const int2*>(sets.place) + k);
       const float4 weights = load_readonly(reinterpret_cast<const float4*>(sets.weights) + k);
-      const int32_t column = place.y - row.x;
-      visit.row = place.x == row.y ? weights.x : weights.y;
+      const int32_t column = place.y - tile.x;
+      const int32_t row = tile.y + static_cast<int32_t>(threadIdx.x >> 5);
+      visit.row = place.x == row ? weights.x : weights.y;
       visit.low = column < 0 ? weights.w : weights.z;
       visit.high = column < 0 || column == Tile::kColumns - 1 ? 0 : weights.w;
       visit.column = column < 0 ? 0 : column;
@@ -235,6 +228,12 @@ __device__ __forceinline__ void add_points(const PointSets& sets, const PointRow
     queue.point[lane] = point;
   }
   __syncwarp();
+  const int64_t channel = int64_t{tile.slice} * Tile::kChannels + lane;
+  const T* grad = static_cast<const T*>(problem.pooled) + first_point * problem.channels + channel;
+  bool has[Tile::kVector];  // which of the channels of this lane there are
+  GLIMPSE_UNROLL
+  for (int32_t v = 0; v < Tile::kVector; ++v) has[v] = channel + 32 * v < problem.channels;
+  const auto stride = static_cast<int32_t>(problem.channels * static_cast<int64_t>(sizeof(T)));
   GLIMPSE_NO_UNROLL
   for (int32_t i = 0; i < count; i += kLoads) {
     const int4 four = *reinterpret_cast<const int4*>(queue.point + i);
@@ -268,22 +267,18 @@ __device__ __forceinline__ void add_points(const PointSets& sets, const PointRow
 /// Adds all points that touch the row of pixels of this warp.
 template <class T, class Tile>
 __device__ __forceinline__ void add_row(const Problem& problem, const PointSets& sets,
-                                        const TilePlace& place, const bool (&has)[Tile::kVector],
-                                        PointQueue& queue, TileSums<Tile>& sums) {
+                                        const TilePlace& tile, PointQueue& queue,
+                                        TileSums<Tile>& sums) {
   const auto lane = static_cast<int32_t>(threadIdx.x & 31),
              warp = static_cast<int32_t>(threadIdx.x >> 5);
-  const PointRow row = {static_cast<int32_t>(place.image * sets.points), place.y + warp, place.x};
-  const T* grad = static_cast<const T*>(problem.pooled) + row.first_point * problem.channels +
-                  int64_t{place.slice} * Tile::kChannels + lane;
-  const auto stride = static_cast<int32_t>(problem.channels * static_cast<int64_t>(sizeof(T)));
-
   const auto quads = static_cast<int32_t>(sets.words / PointSets::kSetWords);
   const auto* quad_of_sets = reinterpret_cast<const uint4*>(sets.set);
-  const auto first_set = static_cast<int32_t>(place.image * sets.sets());
-  const int32_t in_row = (first_set + row.y) * quads;
-  const int32_t in_column = (first_set + sets.height + row.x / kPointColumns) * quads;
-  int32_t next = lane;          // quad of words
-  int32_t head = 0, count = 0;  // of what waits
+  const auto first_set = static_cast<int32_t>(tile.image * sets.sets());
+  const int32_t in_row = (first_set + tile.y + warp) * quads;
+  const int32_t in_column = (first_set + sets.height + tile.x / kPointColumns) * quads;
+  int32_t next = lane;  // quad of words
+  uint32_t head = 0;    // of what waits
+  int32_t count = 0;
   int32_t enough = PointQueue::kAtOnce;
   do {
     uint32_t own[PointSets::kSetWords] = {};
@@ -315,7 +310,8 @@ __device__ __forceinline__ void add_row(const Problem& problem, const PointSets&
           if (bits == 0) continue;
           if ((bits >> lane & 1) != 0) {
             const int32_t before = __popc(bits & ((1u << lane) - 1));
-            queue.waiting[(head + count + before) % PointQueue::kRoom] = first + 32 * j;
+            queue.waiting[(head + static_cast<uint32_t>(count + before)) % PointQueue::kRoom] =
+                first + 32 * j;
           }
           count += __popc(bits);
         }
@@ -323,12 +319,36 @@ __device__ __forceinline__ void add_row(const Problem& problem, const PointSets&
       GLIMPSE_NO_UNROLL
       while (count >= enough) {
         const int32_t added = count < PointQueue::kAtOnce ? count : PointQueue::kAtOnce;
-        add_points<T>(sets, row, grad, stride, has, head, added, queue, sums);
+        add_points<T, Tile>(problem, sets, tile, head, added, queue, sums);
         head += added;
         count -= added;
       }
     } while (pending != 0);
   } while (enough > 1);
+}
+
+/// Stores the row of pixels of this warp where channels are innermost.
+template <class T, class Tile>
+__device__ __forceinline__ void store_nhwc(const Problem& problem, const TilePlace& tile,
+                                           const TileSums<Tile>& sums) {
+  const Level& level = problem.level[0];
+  const int32_t y = tile.y + static_cast<int32_t>(threadIdx.x >> 5);
+  const int64_t channel = int64_t{tile.slice} * Tile::kChannels + (threadIdx.x & 31);
+  T* pixel = static_cast<T*>(level.data) + tile.image * level.stride_n + y * level.stride_h +
+             tile.x * level.stride_w + channel * level.stride_c;
+  const int32_t width = level.width - tile.x;
+  GLIMPSE_UNROLL
+  for (int32_t j = 0; j < Tile::kColumns; ++j) {
+    if (j < width) {
+      GLIMPSE_UNROLL
+      for (int32_t v = 0; v < Tile::kVector; ++v) {
+        if (channel + 32 * v < problem.channels) {
+          pixel[32 * v * level.stride_c] = Store<T>::from(sums.value[j][v]);
+        }
+      }
+    }
+    pixel += level.stride_w;
+  }
 }
 
 /// Block: a tile by kChannels channels. Warp: a row of pixels. Lane: kVector channels, 32 apart, of
@@ -339,43 +359,18 @@ __global__ void __launch_bounds__(kGatherThreads, Tile::kBlocks)
                          GLIMPSE_GRID_CONSTANT PointSets sets,
                          GLIMPSE_GRID_CONSTANT GatherPlan plan) {
   GLIMPSE_DYNAMIC_SHARED(turn);  // where rows are innermost
-  GLIMPSE_SHARED(TilePlace, place, );
+  GLIMPSE_SHARED(TilePlace, tile, );
   GLIMPSE_SHARED(PointQueue, queues, [kGatherWarps]);
-  if (threadIdx.x == 0) place = place_of_block<Tile>(problem, plan);
+  if (threadIdx.x == 0) tile = place_of_block<Tile>(problem, plan);
   __syncthreads();
-  const Level& level = problem.level[0];
-  const auto lane = static_cast<int32_t>(threadIdx.x & 31),
-             warp = static_cast<int32_t>(threadIdx.x >> 5);
-  const int32_t y = place.y + warp;
-  if (y >= level.height) return;
-  const int64_t channel = int64_t{place.slice} * Tile::kChannels + lane;
-  bool has[Tile::kVector];
-  GLIMPSE_UNROLL
-  for (int32_t v = 0; v < Tile::kVector; ++v) has[v] = channel + 32 * v < problem.channels;
+  const auto warp = static_cast<int32_t>(threadIdx.x >> 5);
+  if (tile.y + warp >= problem.level[0].height) return;
   TileSums<Tile> sums;
   sums.clear();
-  add_row<T, Tile>(problem, sets, place, has, queues[warp], sums);
-
-  if (problem.layout == Layout::kNchw) {
-    store_nchw<T>(problem, place, reinterpret_cast<float*>(turn) + warp * Stage<T, Tile>::kTurned,
-                  sums);
-    return;
-  }
-  T* pixel = static_cast<T*>(level.data) + place.image * level.stride_n + y * level.stride_h +
-             place.x * level.stride_w + channel * level.stride_c;
-  const int32_t width = level.width - place.x;
-  GLIMPSE_UNROLL
-  for (int32_t j = 0; j < Tile::kColumns; ++j) {
-    if (j < width) {
-      GLIMPSE_UNROLL
-      for (int32_t v = 0; v < Tile::kVector; ++v) {
-        if (has[v]) {
-          pixel[32 * v * level.stride_c] = Store<T>::from(sums.value[j][v]);
-        }
-      }
-    }
-    pixel += level.stride_w;
-  }
+  add_row<T, Tile>(problem, sets, tile, queues[warp], sums);
+  if (problem.layout == Layout::kNhwc) return store_nhwc<T>(problem, tile, sums);
+  store_nchw<T>(problem, tile, reinterpret_cast<float*>(turn) + warp * Stage<T, Tile>::kTurned,
+                sums);
 }
 
 }  // namespace glimpse::cuda
