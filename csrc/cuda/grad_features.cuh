@@ -1089,15 +1089,6 @@ __device__ __forceinline__ Number pixel_weight(const Operator& op, const BoxAxis
   return sum * sample_factor(line.axis);
 }
 
-/// A weight that is not kept in a table: rare, where a box has far more cells than pixels.
-template <class Number>
-__device__ __forceinline__ Number far_weight(const Problem& problem, const TilePlace& place,
-                                             int64_t k, int32_t direction, int32_t cell,
-                                             int32_t pixel) {
-  const Box<Number> box = box_on_level<Number>(problem, k, place.image, place.level);
-  return pixel_weight(problem.op, box_axis(problem, box, direction), cell, pixel);
-}
-
 /// What a block of gather_pixels_kernel owns: a column of kWarpRows pixels in each lane, of up to
 /// kChannels channels.
 template <class NumberT>
@@ -1121,7 +1112,7 @@ struct PixelLine {
 /// channels would be idle. Boxes are taken one by one; the block first looks up which cells read
 /// each of its rows and columns.
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads, 1)
+__global__ void __launch_bounds__(kGatherThreads, sizeof(T) == sizeof(double) ? 1 : 2)
     gather_pixels_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                          GLIMPSE_GRID_CONSTANT GatherPlan plan) {
   using Number = acc_t<T>;
@@ -1132,6 +1123,8 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
   GLIMPSE_SHARED(TilePlace, place, );
   GLIMPSE_SHARED(BoxList, list, );
   GLIMPSE_SHARED(Line, lines, [kLines]);
+  // For weights that no line keeps, which is rare: a box with far more cells than pixels.
+  GLIMPSE_SHARED(BoxAxis<Number>, axes, [2]);
   if (threadIdx.x == 0) {
     place = place_of_block<Tile>(problem, plan);
     list.next = 0;
@@ -1164,6 +1157,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
         Cells cells = {0, 0};
         if (pixel < line.size) cells = cells_reaching(problem.op, line, pixel, pixel);
         if (thread < kLines) lines[own].cells = cells;
+        if (thread == 0 || thread == Tile::kRows) axes[along_y ? kY : kX] = line;
         GLIMPSE_NO_UNROLL
         for (int32_t j = thread / kLines; j < Line::kKept; j += kGatherThreads / kLines) {
           Number weight = 0;
@@ -1188,18 +1182,17 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
           GLIMPSE_NO_UNROLL
           for (int32_t cell_x = columns.first; cell_x < columns.end; ++cell_x) {
             const int32_t j = cell_x - columns.first;
-            const Number weight_x = j < Line::kKept
-                                        ? column.weight[j]
-                                        : far_weight<Number>(problem, place, k, kX, cell_x, x);
+            const Number weight_x =
+                j < Line::kKept ? column.weight[j] : pixel_weight(problem.op, axes[kX], cell_x, x);
             if (weight_x == 0) continue;
             Number sum[Tile::kChannels] = {};
             const T* cell = grad + (int64_t{band} * problem.out_width + cell_x) * cell_stride;
             GLIMPSE_NO_UNROLL
             for (int32_t cell_y = band; cell_y < band_end; ++cell_y) {
               const int32_t i_y = cell_y - rows.first;
-              const Number weight_y = i_y < Line::kKept ? row.weight[i_y]
-                                                        : far_weight<Number>(problem, place, k, kY,
-                                                                             cell_y, first_y + r);
+              const Number weight_y = i_y < Line::kKept
+                                          ? row.weight[i_y]
+                                          : pixel_weight(problem.op, axes[kY], cell_y, first_y + r);
               if (weight_y != 0) {
                 GLIMPSE_UNROLL
                 for (int32_t c = 0; c < Tile::kChannels; ++c) {
