@@ -144,7 +144,13 @@ def _points_of_images(images: int, size: tuple[int, int], count: int) -> torch.T
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("images", "channels", "size", "count"),
-    [(2, 37, (21, 27), 300), (1, 3, (9, 5), 4200), (3, 1, (4, 9), 0), (67, 130, (9, 10), 60)],
+    [
+        (2, 37, (21, 27), 300),
+        (1, 3, (9, 5), 4200),
+        (3, 1, (4, 9), 0),
+        (66, 130, (9, 5), 40),
+        (132, 100, (9, 5), 12),
+    ],
 )
 def test_points_do_not_depend_on_the_order_of_threads(
     images: int, channels: int, size: tuple[int, int], count: int, dtype: torch.dtype, layout: str

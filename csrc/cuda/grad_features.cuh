@@ -19,6 +19,8 @@
 ///   gather_nchw_kernel    gradients are staged in shared memory, lanes are channels
 ///   gather_pixels_kernel  few channels, any layout: lanes are pixels
 ///   gather_simple_kernel  a thread per element; sizes beyond 32-bit counts
+///
+/// Points of images have two kernels of their own: grad_points.cuh.
 namespace glimpse::cuda {
 
 // Note [Gather backward]

@@ -9,10 +9,6 @@ namespace glimpse::cuda {
 
 namespace {
 
-// 8 columns of 4 channels; of one where the grid would be too small.
-using TileOfMany = PointTile<4, 3>;
-using TileOfFew = PointTile<1, 3>;
-
 template <class T, class Tile>
 void launch_gather(const Problem& problem) {
   GatherPlan plan = {};
@@ -26,10 +22,21 @@ void launch_gather(const Problem& problem) {
   }
 }
 
+/// As few channels in a lane as hold all of them, in slices of at most 4; but only one where the
+/// grid would be too small.
 template <class T>
 void gather(const Problem& problem) {
-  few_blocks<TileOfMany>(problem) ? launch_gather<T, TileOfFew>(problem)
-                                  : launch_gather<T, TileOfMany>(problem);
+  const int64_t slices = ceil_div(problem.channels, 4 * 32);
+  const int64_t vector = ceil_div(problem.channels, 32 * slices);
+  if (vector == 1 || few_blocks<PointTile<4>>(problem)) {
+    launch_gather<T, PointTile<1>>(problem);
+  } else if (vector == 2) {
+    launch_gather<T, PointTile<2>>(problem);
+  } else if (vector == 3) {
+    launch_gather<T, PointTile<3>>(problem);
+  } else {
+    launch_gather<T, PointTile<4>>(problem);
+  }
 }
 
 }  // namespace

@@ -21,8 +21,8 @@ namespace glimpse::cuda {
 constexpr int32_t kPointColumns = 8;  // of a tile
 
 /// A row of kPointColumns pixels in each warp, kVector times 32 channels in it.
-template <int32_t kVector, int32_t kBlocks>
-using PointTile = Tile<float, kPointColumns, kVector, kBlocks>;
+template <int32_t kVector>
+using PointTile = Tile<float, kPointColumns, kVector, (kVector > 2 ? 3 : 4)>;
 
 /// The first pixel of a point, and the weights there and one pixel further; 0 where there is none.
 struct alignas(8) PointPlace {
