@@ -40,7 +40,7 @@ FLAGS = {
     for bit, name in enumerate(
         _words(
             "X HI WIDE U32 EX L W LONG SX32 SH FTZ SIGNED DIV ALL UP DOWN BFLY F32 BF16 NAN "
-            "RSQ RCP 64H EX2 LG2 SIN COS SQRT SHORT CAS COLLECTIVE"
+            "RSQ RCP 64H EX2 LG2 SIN COS SQRT SHORT CAS COLLECTIVE CONV"
         )
     )
 }

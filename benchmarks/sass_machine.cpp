@@ -114,6 +114,7 @@ enum Flag : uint32_t {
   kShort = 1 << 28,
   kCas = 1 << 29,
   kCollective = 1 << 30,
+  kConv = 1u << 31,
 };
 
 enum Format : uint8_t {
@@ -866,6 +867,8 @@ void Machine::step(Warp& w, size_t at) {
       int last = in.operands - 1;
       if (in.flags & kDiv) {
         if (path.mask == w.ureg[o[0].ureg]) taken = 0;
+      } else if (in.flags & kConv) {
+        if (path.mask != w.ureg[o[0].ureg]) taken = 0;
       } else {
         for (int i = 0; i < last; ++i) taken &= predicate(w, o[i]);
       }

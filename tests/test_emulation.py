@@ -126,6 +126,93 @@ def test_gradients_of_images_are_those_of_channels(
     assert torch.equal(grads[0], grads[1][:, :3])
 
 
+def _points_of_images(images: int, size: tuple[int, int], count: int) -> torch.Tensor:
+    """Points as fractions of an image: spread out, on top of each other, on pixels, nowhere."""
+    points = random_tensor((images, count, 2), torch.float32, "points of images") * 0.7 + 0.5
+    points[:, count // 3 : count // 2] = (
+        points[:, :1] * 0.5 + points[:, count // 3 : count // 2] / 8
+    )
+    extent = torch.tensor([size[1], size[0]])
+    points[:, -9:] = ((points[:, -9:] * extent).floor() + 0.5) / extent
+    points[:, 0] = torch.nan
+    points[:, 1, 0] = 1e9
+    return points
+
+
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("images", "channels", "size", "count"),
+    [
+        (2, 37, (21, 27), 300),
+        (1, 3, (9, 5), 4200),
+        (3, 1, (4, 9), 0),
+        (66, 130, (9, 5), 40),
+        (132, 100, (9, 5), 12),
+    ],
+)
+def test_points_do_not_depend_on_the_order_of_threads(
+    images: int, channels: int, size: tuple[int, int], count: int, dtype: torch.dtype, layout: str
+) -> None:
+    """More points on a row than are added at once, more words than a warp, slices of channels."""
+    image = arrange(random_tensor((images, channels, *size), dtype, "points"), layout)
+    image.requires_grad_()
+    points = _points_of_images(images, size, count) if count else torch.zeros(images, 0, 2)
+    up = random_tensor((images, channels, count), dtype, "points up")
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(glimpse_ext.point_sample(image, points), image, up)[0]
+
+    expected = gradient()
+    backend = _testing.use_backend("emulated")
+    seed = _testing.emulation_seed()
+    try:
+        first: torch.Tensor | None = None
+        for number in SEEDS:
+            _testing.emulation_set_seed(number)
+            grad = gradient()
+            first = grad if first is None else first
+            assert torch.equal(grad, first), f"seed {number} gives other bits"
+            scale = max(1.0, expected.abs().max().item())
+            step = {torch.float32: 1e-5, torch.float16: 2**-10}[dtype]
+            error = (grad.double() - expected.double()).abs().max().item()
+            assert error <= step * scale, f"seed {number} is off by {error:.3g}"
+    finally:
+        _testing.use_backend(backend)
+        _testing.emulation_set_seed(seed)
+
+
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [3, 40])
+def test_points_of_images_are_boxes_with_an_image_index(
+    channels: int, dtype: torch.dtype, layout: str
+) -> None:
+    """The gather of points and that of boxes: the same bits, where gradients are infinite, too."""
+    size, count = (21, 67), 90
+    points = _points_of_images(2, size, count)
+    index = torch.arange(2).repeat_interleave(count)[:, None]
+    rows = torch.cat([index, points.flatten(0, 1)], 1)
+    up = random_tensor((2, channels, count), dtype, "points up")
+    up[:, 1, -4:] = torch.inf
+    up[:, 2, :5] = torch.nan
+    image = arrange(torch.zeros(2, channels, *size, dtype=dtype), layout).requires_grad_()
+    backend = _testing.use_backend("emulated")
+    try:
+        values = glimpse_ext.point_sample(image, points)
+        grad = torch.autograd.grad(values, image, up)[0]
+        values = torch.ops.glimpse_ext.point_sample(image, rows, False)
+        up_of_rows = up.transpose(1, 2).reshape(values.shape).contiguous()
+        other = torch.autograd.grad(values, image, up_of_rows)[0]
+    finally:
+        _testing.use_backend(backend)
+    assert grad[:, 0].abs().max() > 0
+    assert torch.equal(grad.isnan(), other.isnan())
+    assert torch.equal(grad.nan_to_num(nan=9), other.nan_to_num(nan=9))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [8, 16, 1096])
 def test_points_in_packs_are_points_one_by_one(channels: int, dtype: torch.dtype) -> None:

@@ -10,35 +10,10 @@ namespace glimpse::cuda {
 
 namespace {
 
-constexpr int64_t kMostBlocks = 2147483647;
 constexpr size_t kMostSharedBytes = 48 * 1024;  // of a block, without asking for more
-constexpr int64_t kFewBlocks = 264;             // two for each multiprocessor of a large GPU
 constexpr int64_t kFewChannels = 4;
 constexpr int64_t kManyPixels = 4096;             // of all maps
 constexpr int64_t kMostCells = int64_t{1} << 30;  // cells of a box are counted in 32 bits
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-/// Blocks over `items`, one thread each; kernels loop where that is not enough.
-dim3 blocks_of_256(int64_t items) {
-  const int64_t blocks = ceil_div(items, 256);
-  return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
-}
-
-/// Divides all levels into tiles and returns the number of blocks.
-template <class Tile>
-int64_t lay_tiles(const Problem& problem, GatherPlan* plan_of) {
-  GatherPlan& plan = *plan_of;
-  plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
-  int64_t tiles = 0;
-  for (int32_t l = 0; l < problem.levels; ++l) {
-    plan.first_tile[l] = tiles;
-    plan.tiles_y[l] = static_cast<int32_t>(ceil_div(problem.level[l].height, Tile::kRows));
-    plan.tiles_x[l] = static_cast<int32_t>(ceil_div(problem.level[l].width, Tile::kColumns));
-    tiles += problem.batch * plan.tiles_y[l] * plan.tiles_x[l];
-  }
-  return tiles * plan.slices;
-}
 
 /// `most_cells` of a box can be held at once.
 template <class Tile>
@@ -74,16 +49,6 @@ GatherPlan plan_gather(const Problem& problem, size_t stage_bytes, int32_t most_
     TileWeights<Tile>::lay_out(&plan);
   }
   return plan;
-}
-
-template <class Kernel>
-void launch_blocks(const Problem& problem, Kernel kernel, int64_t blocks, size_t bytes,
-                   GatherPlan plan) {
-  for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
-    const int64_t left = blocks - plan.first_block;
-    launch(kernel, dim3(static_cast<unsigned>(left < kMostBlocks ? left : kMostBlocks)),
-           kGatherThreads, bytes, static_cast<Stream>(problem.stream), problem, plan);
-  }
 }
 
 template <class Tile, class Kernel>
@@ -143,13 +108,6 @@ using TileNchwLarge = Tile<float, 16, 1, 3>;
 // Of a grid that would be too small: more blocks, and more work in all.
 using TileNchwSmall = Tile<float, 8, 1, 3>;
 using TileNchwDouble = Tile<double, 8, 1, 2>;
-
-/// Whether tiles make so few blocks that smaller ones end earlier.
-template <class Tile>
-bool few_blocks(const Problem& problem) {
-  GatherPlan plan = {};
-  return lay_tiles<Tile>(problem, &plan) < kFewBlocks;
-}
 
 template <class T>
 void launch_odd(const Problem& problem) {
@@ -243,6 +201,7 @@ void gather_simple(const Problem& problem) {
 
 size_t grad_features_workspace(const Problem& problem) {
   if (problem.filter.used) return filter_workspace(problem);
+  if (gathers_points(problem)) return points_workspace(problem);
   return problem.dtype == Dtype::kFloat64 ? prepared_bytes<double>(problem)
                                           : prepared_bytes<float>(problem);
 }
@@ -252,6 +211,7 @@ void grad_features(const Problem& problem) {
   if (problem.dtype == Dtype::kUInt8) {
     throw std::invalid_argument("glimpse_ext: integer features have no gradient");
   }
+  if (gathers_points(problem)) return points_grad_features(problem);
   const bool wide = problem.dtype == Dtype::kFloat64;
   wide ? prepare<double>(problem) : prepare<float>(problem);
   if (int64_t{problem.out_height} * problem.out_width > kMostCells ||

@@ -19,6 +19,8 @@
 ///   gather_nchw_kernel    gradients are staged in shared memory, lanes are channels
 ///   gather_pixels_kernel  few channels, any layout: lanes are pixels
 ///   gather_simple_kernel  a thread per element; sizes beyond 32-bit counts
+///
+/// Points of images have two kernels of their own: grad_points.cuh.
 namespace glimpse::cuda {
 
 // Note [Gather backward]
@@ -1089,15 +1091,6 @@ __device__ __forceinline__ Number pixel_weight(const Operator& op, const BoxAxis
   return sum * sample_factor(line.axis);
 }
 
-/// A weight that is not kept in a table: rare, where a box has far more cells than pixels.
-template <class Number>
-__device__ __forceinline__ Number far_weight(const Problem& problem, const TilePlace& place,
-                                             int64_t k, int32_t direction, int32_t cell,
-                                             int32_t pixel) {
-  const Box<Number> box = box_on_level<Number>(problem, k, place.image, place.level);
-  return pixel_weight(problem.op, box_axis(problem, box, direction), cell, pixel);
-}
-
 /// What a block of gather_pixels_kernel owns: a column of kWarpRows pixels in each lane, of up to
 /// kChannels channels.
 template <class NumberT>
@@ -1121,7 +1114,7 @@ struct PixelLine {
 /// channels would be idle. Boxes are taken one by one; the block first looks up which cells read
 /// each of its rows and columns.
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads, 1)
+__global__ void __launch_bounds__(kGatherThreads, sizeof(T) == sizeof(double) ? 1 : 2)
     gather_pixels_kernel(GLIMPSE_GRID_CONSTANT Problem problem,
                          GLIMPSE_GRID_CONSTANT GatherPlan plan) {
   using Number = acc_t<T>;
@@ -1132,6 +1125,8 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
   GLIMPSE_SHARED(TilePlace, place, );
   GLIMPSE_SHARED(BoxList, list, );
   GLIMPSE_SHARED(Line, lines, [kLines]);
+  // For weights that no line keeps, which is rare: a box with far more cells than pixels.
+  GLIMPSE_SHARED(BoxAxis<Number>, axes, [2]);
   if (threadIdx.x == 0) {
     place = place_of_block<Tile>(problem, plan);
     list.next = 0;
@@ -1164,6 +1159,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
         Cells cells = {0, 0};
         if (pixel < line.size) cells = cells_reaching(problem.op, line, pixel, pixel);
         if (thread < kLines) lines[own].cells = cells;
+        if (thread == 0 || thread == Tile::kRows) axes[along_y ? kY : kX] = line;
         GLIMPSE_NO_UNROLL
         for (int32_t j = thread / kLines; j < Line::kKept; j += kGatherThreads / kLines) {
           Number weight = 0;
@@ -1188,18 +1184,17 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
           GLIMPSE_NO_UNROLL
           for (int32_t cell_x = columns.first; cell_x < columns.end; ++cell_x) {
             const int32_t j = cell_x - columns.first;
-            const Number weight_x = j < Line::kKept
-                                        ? column.weight[j]
-                                        : far_weight<Number>(problem, place, k, kX, cell_x, x);
+            const Number weight_x =
+                j < Line::kKept ? column.weight[j] : pixel_weight(problem.op, axes[kX], cell_x, x);
             if (weight_x == 0) continue;
             Number sum[Tile::kChannels] = {};
             const T* cell = grad + (int64_t{band} * problem.out_width + cell_x) * cell_stride;
             GLIMPSE_NO_UNROLL
             for (int32_t cell_y = band; cell_y < band_end; ++cell_y) {
               const int32_t i_y = cell_y - rows.first;
-              const Number weight_y = i_y < Line::kKept ? row.weight[i_y]
-                                                        : far_weight<Number>(problem, place, k, kY,
-                                                                             cell_y, first_y + r);
+              const Number weight_y = i_y < Line::kKept
+                                          ? row.weight[i_y]
+                                          : pixel_weight(problem.op, axes[kY], cell_y, first_y + r);
               if (weight_y != 0) {
                 GLIMPSE_UNROLL
                 for (int32_t c = 0; c < Tile::kChannels; ++c) {
@@ -1297,6 +1292,51 @@ __global__ void __launch_bounds__(256, sizeof(Number) == 8 ? 1 : 2)
                         x * level.stride_w,
                     sum);
     }
+  }
+}
+
+// ------------------------------------------------------------------------------------ launches
+
+constexpr int64_t kMostBlocks = 2147483647;
+constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of a large GPU
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Blocks over `items`, one thread each; kernels loop where that is not enough.
+inline dim3 blocks_of_256(int64_t items) {
+  const int64_t blocks = ceil_div(items, 256);
+  return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
+}
+
+/// Divides all levels into tiles and returns the number of blocks.
+template <class Tile>
+int64_t lay_tiles(const Problem& problem, GatherPlan* plan_of) {
+  GatherPlan& plan = *plan_of;
+  plan.slices = static_cast<int32_t>(ceil_div(problem.channels, Tile::kChannels));
+  int64_t tiles = 0;
+  for (int32_t l = 0; l < problem.levels; ++l) {
+    plan.first_tile[l] = tiles;
+    plan.tiles_y[l] = static_cast<int32_t>(ceil_div(problem.level[l].height, Tile::kRows));
+    plan.tiles_x[l] = static_cast<int32_t>(ceil_div(problem.level[l].width, Tile::kColumns));
+    tiles += problem.batch * plan.tiles_y[l] * plan.tiles_x[l];
+  }
+  return tiles * plan.slices;
+}
+
+/// Whether tiles make so few blocks that smaller ones end earlier.
+template <class Tile>
+bool few_blocks(const Problem& problem) {
+  GatherPlan plan = {};
+  return lay_tiles<Tile>(problem, &plan) < kFewBlocks;
+}
+
+template <class Kernel>
+void launch_blocks(const Problem& problem, Kernel kernel, int64_t blocks, size_t bytes,
+                   GatherPlan plan) {
+  for (; plan.first_block < blocks; plan.first_block += kMostBlocks) {
+    const int64_t left = blocks - plan.first_block;
+    launch(kernel, dim3(static_cast<unsigned>(left < kMostBlocks ? left : kMostBlocks)),
+           kGatherThreads, bytes, static_cast<Stream>(problem.stream), problem, plan);
   }
 }
 

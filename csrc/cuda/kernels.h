@@ -29,6 +29,12 @@ void filter_grad_features(const Problem& problem);
 void filter_grad_boxes(const Problem& problem);
 size_t filter_workspace(const Problem& problem);
 
+/// grad_features where boxes are points, and whether they are; called by it. It needs the
+/// workspace.
+bool gathers_points(const Problem& problem);
+void points_grad_features(const Problem& problem);
+size_t points_workspace(const Problem& problem);
+
 void frames_sample(const FrameProblem& problem);
 void frames_maximum(const FrameProblem& problem);
 void frames_grad_features(const FrameProblem& problem);
