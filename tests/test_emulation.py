@@ -142,6 +142,49 @@ def test_points_in_packs_are_points_one_by_one(channels: int, dtype: torch.dtype
     assert torch.equal(one_by_one, packs)
 
 
+# What lanes that are cells or points are for: few channels, wide and many cells, more than two taps,
+# every dtype; points of few and of many channels, in whole and in broken warps.
+NARROW = {
+    "wide": lambda x, b: glimpse_ext.crop(x, b[:, 1:] / 20, (3, 300)),
+    "tall": lambda x, b: glimpse_ext.crop(x, b[:, 1:] / 20, (70, 9), padding_mode="border"),
+    "filled": lambda x, b: glimpse_ext.crop_and_resize(
+        x, b[:, 1:] / 20, torch.arange(len(b)) % len(x), (8, 9), extrapolation_value=2.5
+    ),
+    "samples": lambda x, b: glimpse_ext.roi_align(x, b, (6, 7), 0.9, 2),
+    "adaptive": lambda x, b: glimpse_ext.roi_align(x, b, (6, 7), 1.0, 0),
+    "points": lambda x, b: glimpse_ext.point_sample(x, b[:, 1:].reshape(len(x), -1, 2) / 20),
+}
+
+
+@pytest.mark.usefixtures("hostile_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8], ids=str
+)
+@pytest.mark.parametrize("channels", [1, 3, 8, 70])
+@pytest.mark.parametrize("name", NARROW)
+def test_lanes_that_are_cells(name: str, channels: int, dtype: torch.dtype, layout: str) -> None:
+    """The numbers of the CPU kernels, also beside pixels that are infinite."""
+    image = random_tensor((2, channels, 13, 17), torch.float32, "narrow")
+    if dtype == torch.uint8:
+        image = image * 100
+    else:
+        image[0, :, 0, 0] = image[1, :, 12, 16] = float("inf")
+    image = arrange(image.to(dtype), layout)
+    corner = random_tensor((36, 4), torch.float32, "narrow boxes") * 20
+    boxes = torch.cat([torch.arange(36).unsqueeze(1) % 2, corner], 1)
+    boxes[3, 1:] = torch.tensor([-4.0, -3, 25, 30])
+    boxes[5, 3] = float("nan")
+    expected = NARROW[name](image, boxes)
+    backend = _testing.use_backend("emulated")
+    try:
+        actual = NARROW[name](image, boxes)
+    finally:
+        _testing.use_backend(backend)
+    step = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2**-7}[expected.dtype]
+    torch.testing.assert_close(actual, expected, rtol=step, atol=step, equal_nan=True)
+
+
 @pytest.mark.usefixtures("hostile_memory")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("noise", ["zero", "uniform", "gaussian"])

@@ -98,19 +98,6 @@ bool sample_nhwc(const Problem& problem) {
   return true;
 }
 
-template <class T, int kChannels>
-void sample_points(const Problem& problem) {
-  constexpr int kThreads = 256;
-  int32_t lanes_log2 = 0;
-  while (1 << lanes_log2 < kThreads && (int64_t{kChannels} << lanes_log2) < problem.channels) {
-    ++lanes_log2;
-  }
-  const int64_t blocks = divide_up(problem.boxes, kThreads >> lanes_log2);
-  launch(sample_points_kernel<T, kChannels>,
-         dim3(static_cast<unsigned>(blocks < kMostGridX ? blocks : kMostGridX)), kThreads, 0,
-         stream_of(problem), problem, lanes_log2);
-}
-
 /// Whether offsets inside `channels` channels of an image are 32-bit.
 bool offsets_are_short(const Problem& problem, int64_t channels) {
   for (int32_t i = 0; i < problem.levels; ++i) {
@@ -144,14 +131,31 @@ bool sample_planes(const Problem& problem) {
   return true;
 }
 
+/// False where the sizes do not suit the kernel.
+template <class T, int kChannels>
+bool sample_packed_points(const Problem& problem) {
+  constexpr int64_t kEnoughWarps = 8448;  // 64 for each multiprocessor of a large GPU
+  constexpr int64_t kWarps = kPointsThreads / 32;
+  int32_t lanes_log2 = 0;
+  while (lanes_log2 < 5 && (int64_t{kChannels} << lanes_log2) < problem.channels) ++lanes_log2;
+  const int64_t slices = divide_up(problem.channels, int64_t{kChannels} << lanes_log2);
+  const int64_t groups = 32 >> lanes_log2;
+  int64_t points = 32;
+  while (points > groups && divide_up(problem.boxes, points) * slices < kEnoughWarps) points /= 2;
+  const int64_t blocks = divide_up(problem.boxes, points * kWarps);
+  if (!offsets_are_short(problem, 1) || blocks > kMostGridX || slices > kMostGridY) return false;
+  launch(sample_points_kernel<T, kChannels>,
+         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(slices)), kPointsThreads, 0,
+         stream_of(problem), problem, lanes_log2, static_cast<int32_t>(points));
+  return true;
+}
+
 /// False where the sizes do not suit the kernels.
 template <class T>
 bool sample_points(const Problem& problem) {
   constexpr int kWide = 16 / sizeof(T);
   if (problem.layout != Layout::kNhwc) return sample_planes<T>(problem);
-  if (aligned_channels<T>(problem) != kWide) return false;
-  sample_points<T, kWide>(problem);
-  return true;
+  return aligned_channels<T>(problem) == kWide && sample_packed_points<T, kWide>(problem);
 }
 
 /// False where the sizes do not suit the kernel.

@@ -67,56 +67,91 @@ __global__ void __launch_bounds__(256, sizeof(acc_t<T>) == 8 ? 2 : 3)
 
 // ------------------------------------------------------------------------------------------ points
 
-/// A block: 256 >> lanes_log2 points, one cell of one sample each. A worker of 1 << lanes_log2
-/// lanes owns a point, a lane kChannels neighbouring channels of it at a time: finding the taps is
-/// shared by a pack, and tables would be mostly overhead.
+constexpr int32_t kPointsThreads = 256;
+
+__device__ __forceinline__ int64_t shuffle64(int64_t value, int32_t lane) {
+  const int32_t high = __shfl_sync(kFullWarp, static_cast<int32_t>(value >> 32), lane);
+  const int32_t low = __shfl_sync(kFullWarp, static_cast<int32_t>(value), lane);
+  return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | static_cast<uint32_t>(low));
+}
+
+/// A warp: `points_per_warp` points, 32 at most, one cell of one sample each, and a slice of their
+/// channels (grid y). Each lane finds the taps of one point. Then 1 << lanes_log2 lanes take a
+/// point together, kChannels neighbouring channels each.
 template <class T, int kChannels>
-__global__ void __launch_bounds__(256)
-    sample_points_kernel(GLIMPSE_GRID_CONSTANT Problem problem, int32_t lanes_log2) {
-  const int32_t lanes = 1 << lanes_log2;
-  const int64_t worker =
-      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) >> lanes_log2;
-  const int64_t workers = (static_cast<int64_t>(gridDim.x) * blockDim.x) >> lanes_log2;
-  const int64_t first = static_cast<int64_t>(threadIdx.x & (lanes - 1)) * kChannels;
+__global__ void __launch_bounds__(kPointsThreads)
+    sample_points_kernel(GLIMPSE_GRID_CONSTANT Problem problem, int32_t lanes_log2,
+                         int32_t points_per_warp) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) & 31;
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) >> 5;
+  const int64_t first = warp * points_per_warp, left = problem.boxes - first;
+  const int32_t points =
+      left < points_per_warp ? (left < 0 ? 0 : static_cast<int32_t>(left)) : points_per_warp;
+
+  Taps<float> own_y = {}, own_x = {};
+  Box<float> box{};
+  box.level = -1;
+  if (lane < points) box = read_box<float>(problem, first + lane);
+  if (box.level >= 0) {
+    own_y = sample_taps(problem.op, box_axis(problem, box, kY), 0, 0);
+    own_x = sample_taps(problem.op, box_axis(problem, box, kX), 0, 0);
+  }
+  const Level& level = problem.level[box.level < 0 ? 0 : box.level];
+  const T* own_image =
+      static_cast<const T*>(level.data) + (box.level < 0 ? 0 : box.image * level.stride_n);
+  const auto stride_y = static_cast<int32_t>(level.stride_h);
+  const auto stride_x = static_cast<int32_t>(level.stride_w);
+  const int32_t own_counts = own_x.count == 0 ? 0 : own_y.count << 2 | own_x.count;
+  const int32_t own_row[2] = {own_y.pixel[0] * stride_y, own_y.pixel[1] * stride_y};
+  const int32_t own_column[2] = {own_x.pixel[0] * stride_x, own_x.pixel[1] * stride_x};
+
+  const int32_t group = lane >> lanes_log2, groups = 32 >> lanes_log2;
+  const int32_t lane_of_group = lane & ((1 << lanes_log2) - 1);
+  const int64_t channel =
+      ((static_cast<int64_t>(blockIdx.y) << lanes_log2) + lane_of_group) * kChannels;
   const auto fill = static_cast<float>(problem.fill);
-  for (int64_t k = worker; k < problem.boxes; k += workers) {
-    Taps<float> y, x;
-    y.count = x.count = 0;
-    const Box<float> box = read_box<float>(problem, k);
-    if (box.level >= 0) {
-      y = sample_taps(problem.op, box_axis(problem, box, kY), 0, 0);
-      x = sample_taps(problem.op, box_axis(problem, box, kX), 0, 0);
+  T* pooled = static_cast<T*>(problem.pooled) + first * problem.channels + channel;
+  GLIMPSE_NO_UNROLL
+  for (int32_t base = 0; base < points; base += groups) {
+    const int32_t point = base + group;
+    const auto* image = reinterpret_cast<const T*>(static_cast<uintptr_t>(
+        shuffle64(static_cast<int64_t>(reinterpret_cast<uintptr_t>(own_image)), point)));
+    const int32_t counts = __shfl_sync(kFullWarp, own_counts, point);
+    int32_t row[2], column[2];
+    float weight_y[2], weight_x[2];
+    GLIMPSE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      row[i] = __shfl_sync(kFullWarp, own_row[i], point);
+      column[i] = __shfl_sync(kFullWarp, own_column[i], point);
+      weight_y[i] = __shfl_sync(kFullWarp, own_y.weight[i], point);
+      weight_x[i] = __shfl_sync(kFullWarp, own_x.weight[i], point);
     }
-    const Level& level = problem.level[box.level < 0 ? 0 : box.level];
-    auto* pooled = static_cast<T*>(problem.pooled) + k * problem.channels;
-    for (int64_t channel = first; channel < problem.channels; channel += lanes * kChannels) {
-      float sum[kChannels];
+    if (point >= points || channel >= problem.channels) continue;
+    float sum[kChannels];
+    GLIMPSE_UNROLL
+    for (int c = 0; c < kChannels; ++c) sum[c] = counts < 4 ? fill : 0.0f;
+    const bool two_x = (counts & 2) != 0;
+    const auto add_row = [&](int32_t offset, float weight) {
+      const T* at = image + offset + channel;
+      float low[kChannels], high[kChannels] = {};
+      Pack<T, kChannels>::load(at + column[0]).unpack(low);
+      if (two_x) Pack<T, kChannels>::load(at + column[1]).unpack(high);
       GLIMPSE_UNROLL
-      for (int c = 0; c < kChannels; ++c) sum[c] = y.count == 0 || x.count == 0 ? fill : 0.0f;
-      const auto add_row = [&](int32_t pixel, float weight) {
-        const T* row = static_cast<const T*>(level.data) + box.image * level.stride_n +
-                       pixel * level.stride_h + channel;
-        float low[kChannels], high[kChannels] = {};
-        Pack<T, kChannels>::load(row + x.pixel[0] * level.stride_w).unpack(low);
-        if (x.count == 2) Pack<T, kChannels>::load(row + x.pixel[1] * level.stride_w).unpack(high);
-        GLIMPSE_UNROLL
-        for (int c = 0; c < kChannels; ++c) {
-          float value = x.weight[0] * low[c];
-          if (x.count == 2) value += x.weight[1] * high[c];
-          sum[c] += weight * value;
-        }
-      };
-      if (y.count > 0 && x.count > 0) {
-        add_row(y.pixel[0], y.weight[0]);
-        if (y.count == 2) add_row(y.pixel[1], y.weight[1]);
+      for (int c = 0; c < kChannels; ++c) {
+        float value = weight_x[0] * low[c];
+        if (two_x) value += weight_x[1] * high[c];
+        sum[c] += weight * value;
       }
-      Pack<T, kChannels>::from(sum).store(pooled + channel);
+    };
+    if (counts >= 4) {
+      add_row(row[0], weight_y[0]);
+      if (counts >= 8) add_row(row[1], weight_y[1]);
     }
+    Pack<T, kChannels>::from(sum).store(pooled + point * problem.channels);
   }
 }
 
-// ------------------------------------------------------------------------------------ points,
-// cells
+// ----------------------------------------------------------------------------------- planes, cells
 
 /// The taps of a cell that has one or two of them in each direction, to be applied to one channel
 /// after another. In the place of a tap that is not there the other one is read, which costs less
