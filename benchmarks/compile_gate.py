@@ -57,6 +57,8 @@ Table = dict[str, dict[str, Kernel]]  # kernel, architecture
 NARROW_LOADS = {
     "`sample_nhwc_kernel<T, 1>` and `<T, 2>`, `frames_pool_kernel<T, 1>`": "they are chosen where "
     "channels, strides or an address do not come in 16 bytes",
+    "`sample_cells_kernel`, `sample_planes_kernel`": "lanes are cells or points, whose pixels lie "
+    "where boxes are; of few channels there is no pack",
     "`sample_nchw_kernel`": "rows of pixels start anywhere; neighbouring lanes read neighbours",
     "`sample_simple_kernel`, `gather_simple_kernel`, `grad_boxes_simple_kernel`": "any strides, "
     "any sizes: one element at a time",

@@ -142,7 +142,7 @@ def test_points_in_packs_are_points_one_by_one(channels: int, dtype: torch.dtype
     assert torch.equal(one_by_one, packs)
 
 
-# What lanes that are cells or points are for: few channels, wide and many cells, more than two taps,
+# What lanes that are cells or points are for: few channels, wide and tall results, many taps,
 # every dtype; points of few and of many channels, in whole and in broken warps.
 NARROW = {
     "wide": lambda x, b: glimpse_ext.crop(x, b[:, 1:] / 20, (3, 300)),
