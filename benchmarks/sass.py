@@ -94,7 +94,7 @@ class _Instruction(ctypes.Structure):
         ("source", ctypes.c_uint8),
         ("target", ctypes.c_uint8),
         ("flags", ctypes.c_uint32),
-        ("operand", _Operand * 7),
+        ("operand", _Operand * 8),
     ]
 
 

@@ -79,7 +79,7 @@ struct Instruction {
   uint8_t rounding;  // RN RM RP RZ
   uint8_t from, to;  // number formats of a conversion
   uint32_t flags;
-  Operand operand[7];
+  Operand operand[8];
 };
 
 enum Flag : uint32_t {
@@ -403,6 +403,8 @@ class Machine {
     constexpr uint64_t kTurn = 96;
     const uint64_t end = w.issues + kTurn;
     while (w.issues < end) {
+      // At once: another path may use the same barrier for a part of the code of its own.
+      join(w);
       size_t at = w.path.size();
       for (size_t i = w.path.size(); i-- > 0;) {
         if (w.path[i].waits == -1) {
@@ -410,15 +412,7 @@ class Machine {
           break;
         }
       }
-      if (at == w.path.size()) {
-        const size_t before = w.path.size();
-        join(w);
-        if (w.path.size() == before &&
-            std::none_of(w.path.begin(), w.path.end(), [](const Path& p) { return p.waits < 0; })) {
-          return;
-        }
-        continue;
-      }
+      if (at == w.path.size()) return;
       while (w.issues < end && at < w.path.size() && w.path[at].waits == -1) {
         const size_t paths = w.path.size();
         step(w, at);

@@ -178,29 +178,28 @@ __global__ void __launch_bounds__(kFilterThreads)
     } else if (chunk.first > 0) {
       continue;
     }
-    int32_t count_y = 0, count_x = 0;
+    // In registers: lanes have rows of their own, and reading them again would touch as many lines.
+    FilterRow<Number> row_y = {}, row_x = {};
     Number missing = 1;
-    const FilterCell<Number>* row_y = workspace.cell + k * rows + y;
-    const FilterCell<Number>* row_x = workspace.cell + k * rows + problem.out_height + x;
     const T* pixels = nullptr;
     if (box.level >= 0) {
-      count_y = row_y->row.count;
-      count_x = row_x->row.count;
-      missing = 1 - row_y->row.coverage * row_x->row.coverage;
-      pixels = static_cast<const T*>(image.data) + row_y->row.first * image.stride_h +
-               row_x->row.first * image.stride_w;
+      row_y = workspace.cell[k * rows + y].row;
+      row_x = workspace.cell[k * rows + problem.out_height + x].row;
+      missing = 1 - row_y.coverage * row_x.coverage;
+      pixels = static_cast<const T*>(image.data) + row_y.first * image.stride_h +
+               row_x.first * image.stride_w;
     }
     const Number added =
         numbers.fill == 0 ? Number(0) : static_cast<Number>(numbers.fill) * missing;
     for (int32_t first = 0; first < numbers.count; first += 4) {
       Number sum[4] = {};
       GLIMPSE_NO_UNROLL
-      for (int32_t j = 0; j < count_y; ++j) {
-        const Number weight_y = row_y->row.weight(j);
+      for (int32_t j = 0; j < row_y.count; ++j) {
+        const Number weight_y = row_y.weight(j);
         const T* line = pixels + j * image.stride_h + (numbers.first + first) * image.stride_c;
         GLIMPSE_NO_UNROLL
-        for (int32_t l = 0; l < count_x; ++l) {
-          const Number weight = weight_y * row_x->row.weight(l);
+        for (int32_t l = 0; l < row_x.count; ++l) {
+          const Number weight = weight_y * row_x.weight(l);
           // The end of a filter: not a product, because 0 * NaN is NaN.
           if (weight == 0) continue;
           GLIMPSE_UNROLL
