@@ -167,8 +167,11 @@ struct Corners {
       : two_y(y.count == 2), two_x(x.count == 2) {
     const auto stride_y = static_cast<int32_t>(level.stride_h);
     const auto stride_x = static_cast<int32_t>(level.stride_w);
-    const int32_t row[2] = {y.pixel[0] * stride_y, y.pixel[two_y ? 1 : 0] * stride_y};
-    const int32_t column[2] = {x.pixel[0] * stride_x, x.pixel[two_x ? 1 : 0] * stride_x};
+    // No index that is found at run time: it would put the taps into local memory.
+    const int32_t high_y = two_y ? y.pixel[1] : y.pixel[0];
+    const int32_t high_x = two_x ? x.pixel[1] : x.pixel[0];
+    const int32_t row[2] = {y.pixel[0] * stride_y, high_y * stride_y};
+    const int32_t column[2] = {x.pixel[0] * stride_x, high_x * stride_x};
     GLIMPSE_UNROLL
     for (int i = 0; i < 2; ++i) {
       weight_y[i] = y.weight[i];
