@@ -45,8 +45,9 @@ WHY: dict[tuple[str, str, str, str], str] = {
         "bfloat16 has no instruction that widens it on the way to a sum, as float16 has; on large "
         "boxes the sums are the work, not the bytes. The rounds lie on both sides of 1."
     ),
-    ("cpu", "W6a", "forward", "detectron2's way"): (
-        "What is left is the system's clearing of the pages that boxes touch."
+    ("cpu", "W3", "box gradient", "own backward"): (
+        "It reads the maps and the gradients of cells, where the gradient to the maps reads the "
+        "latter only. The rounds lie on both sides of 1.8."
     ),
 }
 

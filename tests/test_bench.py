@@ -29,6 +29,7 @@ from glimpse_ext.bench import (
     workloads,
 )
 from glimpse_ext.bench.compare import compare
+from glimpse_ext.bench.plot import COLOURS
 from glimpse_ext.bench.suite import DIRECTIONS, Part, Plan
 
 CPU = torch.device("cpu")
@@ -864,6 +865,11 @@ def test_plot_is_written_as_its_name_says(results_file, tmp_path):
     assert text.count("<path") > 40
     assert bench.main(["--plot", str(results_file)]) == 0
     assert results_file.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_every_peer_has_a_colour_of_its_own():
+    assert set(COLOURS) >= set(peers.PEER_NAMES)
+    assert len(set(COLOURS.values())) == len(COLOURS)
 
 
 def test_nothing_to_plot_is_said(results, tmp_path, capsys):

@@ -20,6 +20,8 @@ from .suite import DIRECTIONS, Row
 COLOURS = {
     "torchvision": "#0072b2",
     "torchvision float32": "#56b4e9",
+    "torchvision loop": "#332288",
+    "torchvision loop of bytes": "#aa4499",
     "grid_sample": "#e69f00",
     "grid_sample copies": "#d55e00",
     "detectron2's way": "#009e73",
